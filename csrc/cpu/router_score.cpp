@@ -1,0 +1,162 @@
+#include <algorithm>
+#include <memory>
+
+#include "cpu/launch.h"
+#include "cpu/router_score_kernel.h"
+
+namespace shiva::cpu {
+namespace {
+
+// Arguments of both ops, checked, with the small parameters in the accumulation dtype.
+struct Router {
+  Dtype dtype;
+  int64_t B, N, D, H;
+  Tensor context; // [B, H]
+  Tensor ln_weight, ln_bias, w_out; // [H]
+  Tensor weight; // [H] = ln_weight * w_out
+  double offset; // <ln_bias, w_out>
+};
+
+template <typename T>
+void fold(Router& r) {
+  double offset = 0;
+  for (int64_t h = 0; h < r.H; ++h) {
+    data<T>(r.weight)[h] = data<T>(r.ln_weight)[h] * data<T>(r.w_out)[h];
+    offset += static_cast<double>(data<T>(r.ln_bias)[h]) * data<T>(r.w_out)[h];
+  }
+  r.offset = offset;
+}
+
+Router check(
+    const char* op, const Tensor& x, const Tensor& context, const Tensor& w_in, const Tensor& ln_weight,
+    const Tensor& ln_bias, const Tensor& w_out, double eps) {
+  check_dim(op, "x", x, 3);
+  Router r;
+  r.dtype = floating_dtype(op, "x", x);
+  check_dim(op, "w_in", w_in, 2);
+  r.B = x.size(0), r.N = x.size(1), r.D = x.size(2), r.H = w_in.size(0);
+  SHIVA_CHECK(r.H > 0, op, "w_in must have at least one row, got shape ", shape_of(w_in));
+  check_shape(op, "w_in", w_in, {r.H, r.D});
+  check_same_dtype(op, "w_in", w_in, "x", x);
+  check_shape(op, "context", context, {r.B, r.H});
+  check_shape(op, "ln_weight", ln_weight, {r.H});
+  check_shape(op, "ln_bias", ln_bias, {r.H});
+  check_shape(op, "w_out", w_out, {r.H});
+  SHIVA_CHECK(eps >= 0, op, "eps must not be negative, got ", eps);
+  r.context = as_accumulate(op, "context", context, x);
+  r.ln_weight = as_accumulate(op, "ln_weight", ln_weight, x);
+  r.ln_bias = as_accumulate(op, "ln_bias", ln_bias, x);
+  r.w_out = as_accumulate(op, "w_out", w_out, x);
+  r.weight = torch::stable::new_empty(r.w_out, {r.H});
+  if (r.dtype == Dtype::Float64)
+    fold<double>(r);
+  else
+    fold<float>(r);
+  return r;
+}
+
+// x [B, N, D] times w_in [H, D] transposed -> [B N, H], contiguous. torch's GEMM: it knows every machine's matrix unit.
+Tensor project(const Router& r, const Tensor& flat_x, const Tensor& w_in) {
+  return torch::stable::contiguous(torch::stable::matmul(flat_x, torch::stable::transpose(w_in, 0, 1)));
+}
+
+Tensor flatten_tokens(const Router& r, const Tensor& x) {
+  return torch::stable::reshape(x, {r.B * r.N, r.D});
+}
+
+// -> [B, N], float32 (float64 for float64)
+Tensor router_score(
+    const Tensor& x, const Tensor& context, const Tensor& w_in, const Tensor& ln_weight, const Tensor& ln_bias,
+    const Tensor& w_out, double eps) {
+  const Router r = check("router_score", x, context, w_in, ln_weight, ln_bias, w_out, eps);
+  Tensor scores = torch::stable::new_empty(x, {r.B, r.N}, accumulate_type(x));
+  if (scores.numel() == 0) return scores;
+  const Tensor hidden = project(r, flatten_tokens(r, x), w_in);
+  const int64_t row_bytes = r.H * static_cast<int64_t>(x.element_size());
+  const int64_t acc_bytes = static_cast<int64_t>(scores.element_size());
+  const int64_t chunks = ceil_div(r.N, kSumRows);
+  parallel(r.B * chunks, 16 * row_bytes * kSumRows, [&](int64_t begin, int64_t end) {
+    const std::unique_ptr<double[]> scratch(new double[static_cast<size_t>(r.H)]);
+    for (int64_t c = begin; c < end; ++c) {
+      const int64_t b = c / chunks, first = (c % chunks) * kSumRows, row = b * r.N + first;
+      SHIVA_CALL_KERNEL(
+          router_epilogue, r.dtype, data<char>(hidden) + row * row_bytes, data<char>(r.context) + b * r.H * acc_bytes,
+          data<char>(r.weight), r.offset, std::min(kSumRows, r.N - first), r.H, eps, scratch.get(),
+          data<char>(scores) + row * acc_bytes);
+    }
+  });
+  return scores;
+}
+
+// Sums the chunks' partials and finishes the gradients of the four small parameters, in double.
+template <typename T>
+void finish(
+    const Router& r, const Tensor& grad, const Tensor& context_sums, const Tensor& normal_sums, int64_t chunks,
+    const Tensor& grad_context, const Tensor& grad_ln_weight, const Tensor& grad_ln_bias, const Tensor& grad_w_out) {
+  double total = 0;
+  for (int64_t i = 0; i < r.B * r.N; ++i) total += data<T>(grad)[i];
+  for (int64_t h = 0; h < r.H; ++h) {
+    double normal = 0;
+    for (int64_t b = 0; b < r.B; ++b) {
+      double context = 0;
+      for (int64_t c = b * chunks; c < (b + 1) * chunks; ++c) {
+        context += data<T>(context_sums)[c * r.H + h];
+        normal += data<T>(normal_sums)[c * r.H + h];
+      }
+      data<T>(grad_context)[b * r.H + h] = static_cast<T>(context);
+    }
+    const double w_out = data<T>(r.w_out)[h];
+    data<T>(grad_ln_weight)[h] = static_cast<T>(w_out * normal);
+    data<T>(grad_ln_bias)[h] = static_cast<T>(w_out * total);
+    data<T>(grad_w_out)[h] = static_cast<T>(data<T>(r.ln_weight)[h] * normal + data<T>(r.ln_bias)[h] * total);
+  }
+}
+
+// grad [B, N] -> gradients of x, context, w_in, ln_weight, ln_bias, w_out, each in its argument's dtype
+std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> router_score_backward(
+    const Tensor& grad, const Tensor& x, const Tensor& context, const Tensor& w_in, const Tensor& ln_weight,
+    const Tensor& ln_bias, const Tensor& w_out, double eps) {
+  constexpr char op[] = "router_score_backward";
+  const Router r = check(op, x, context, w_in, ln_weight, ln_bias, w_out, eps);
+  check_shape(op, "grad", grad, {r.B, r.N});
+  const Tensor dense_grad = as_accumulate(op, "grad", grad, x);
+  const ScalarType acc = accumulate_type(x);
+  const int64_t chunks = ceil_div(r.N, kSumRows);
+  Tensor context_sums = torch::stable::new_zeros(x, {r.B * chunks, r.H}, acc);
+  Tensor normal_sums = torch::stable::new_zeros(x, {r.B * chunks, r.H}, acc);
+  Tensor grad_context = torch::stable::new_empty(x, {r.B, r.H}, acc);
+  Tensor grad_ln_weight = torch::stable::new_empty(x, {r.H}, acc);
+  Tensor grad_ln_bias = torch::stable::new_empty(x, {r.H}, acc);
+  Tensor grad_w_out = torch::stable::new_empty(x, {r.H}, acc);
+  const Tensor flat_x = flatten_tokens(r, x);
+  const Tensor hidden = project(r, flat_x, w_in); // becomes the gradient at the pre-activation
+  const int64_t row_bytes = r.H * static_cast<int64_t>(x.element_size());
+  const int64_t acc_bytes = static_cast<int64_t>(dense_grad.element_size());
+  parallel(r.B * chunks, 32 * row_bytes * kSumRows, [&](int64_t begin, int64_t end) {
+    const std::unique_ptr<double[]> scratch(new double[static_cast<size_t>(r.H)]);
+    for (int64_t c = begin; c < end; ++c) {
+      const int64_t b = c / chunks, first = (c % chunks) * kSumRows, row = b * r.N + first;
+      SHIVA_CALL_KERNEL(
+          router_epilogue_backward, r.dtype, data<char>(hidden) + row * row_bytes,
+          data<char>(r.context) + b * r.H * acc_bytes, data<char>(r.weight), data<char>(dense_grad) + row * acc_bytes,
+          std::min(kSumRows, r.N - first), r.H, eps, scratch.get(), data<char>(context_sums) + c * r.H * acc_bytes,
+          data<char>(normal_sums) + c * r.H * acc_bytes);
+    }
+  });
+  const auto sum = acc == ScalarType::Double ? finish<double> : finish<float>;
+  sum(r, dense_grad, context_sums, normal_sums, chunks, grad_context, grad_ln_weight, grad_ln_bias, grad_w_out);
+  const Tensor grad_x = torch::stable::reshape(torch::stable::matmul(hidden, w_in), {r.B, r.N, r.D});
+  const Tensor grad_w_in = torch::stable::matmul(torch::stable::transpose(hidden, 0, 1), flat_x);
+  const auto cast = [](const Tensor& t, const Tensor& like) { return torch::stable::to(t, like.scalar_type()); };
+  return {
+      grad_x, cast(grad_context, context), grad_w_in, cast(grad_ln_weight, ln_weight), cast(grad_ln_bias, ln_bias),
+      cast(grad_w_out, w_out)};
+}
+
+} // namespace
+} // namespace shiva::cpu
+
+STABLE_TORCH_LIBRARY_IMPL(shiva, CPU, m) {
+  m.impl("router_score", TORCH_BOX(&shiva::cpu::router_score));
+  m.impl("router_score_backward", TORCH_BOX(&shiva::cpu::router_score_backward));
+}

@@ -1,0 +1,150 @@
+#include <algorithm>
+#include <cmath>
+#include <limits>
+#include <memory>
+#include <numeric>
+
+#include "cpu/launch.h"
+#include "cpu/soft_rank_kernel.h"
+
+namespace shiva::cpu {
+namespace {
+
+// Rows [0, chunk), [chunk, 2 chunk), ... of a sorted row are independent tasks, whatever the number of threads.
+constexpr int64_t kChunk = 256;
+
+// One row of scores, sorted: finite values ascending in [low, high), -inf before, +inf after.
+template <typename T>
+struct SortedRow {
+  std::vector<T> values;
+  std::vector<int32_t> order; // values[i] = scores[order[i]]
+  int64_t low = 0, high = 0;
+  bool has_nan = false;
+};
+
+template <typename T>
+SortedRow<T> sort_row(const T* scores, int64_t n) {
+  SortedRow<T> row;
+  row.has_nan = std::any_of(scores, scores + n, [](T s) { return std::isnan(s); });
+  if (row.has_nan) return row;
+  row.order.resize(static_cast<size_t>(n));
+  std::iota(row.order.begin(), row.order.end(), 0);
+  std::sort(row.order.begin(), row.order.end(), [&](int32_t a, int32_t b) {
+    return scores[a] != scores[b] ? scores[a] < scores[b] : a < b;
+  });
+  row.values.reserve(row.order.size());
+  for (int32_t i : row.order) row.values.push_back(scores[i]);
+  const T inf = std::numeric_limits<T>::infinity();
+  row.low = std::upper_bound(row.values.begin(), row.values.end(), -inf) - row.values.begin();
+  row.high = std::lower_bound(row.values.begin(), row.values.end(), inf) - row.values.begin();
+  return row;
+}
+
+void check(const char* op, const Tensor& scores, double tau) {
+  check_dim(op, "scores", scores, 2);
+  floating_dtype(op, "scores", scores);
+  SHIVA_CHECK(tau > 0 && std::isfinite(tau), op, "tau must be a positive finite number, got ", tau);
+  SHIVA_CHECK(
+      scores.size(1) < std::numeric_limits<int32_t>::max(), op, "scores has ", scores.size(1),
+      " tokens a row; at most 2^31 - 2 are supported");
+}
+
+// Fills the row's result where an infinity or NaN decides it, and calls window(begin, end) for finite chunks.
+// pair_of_infinities is NaN: inf - inf. lone_low and lone_high: the limits for a single infinite score.
+template <typename T>
+void fill_infinite(const SortedRow<T>& row, int64_t n, T lone_low, T lone_high, T* out) {
+  const T nan = std::numeric_limits<T>::quiet_NaN();
+  for (int64_t i = 0; i < row.low; ++i) out[row.order[i]] = row.low > 1 ? nan : lone_low;
+  for (int64_t i = row.high; i < n; ++i) out[row.order[i]] = n - row.high > 1 ? nan : lone_high;
+}
+
+template <typename T, typename Compute>
+void run(const Tensor& dense, const Tensor& out, const Compute& compute) {
+  const int64_t B = dense.size(0), N = dense.size(1);
+  if (B == 0 || N == 0) return;
+  for (int64_t b = 0; b < B; ++b) {
+    const T* scores = data<T>(dense) + b * N;
+    T* result = data<T>(out) + b * N;
+    const SortedRow<T> row = N > 1 ? sort_row(scores, N) : SortedRow<T>{{T(0)}, {0}, 0, 1, false};
+    if (row.has_nan)
+      std::fill(result, result + N, std::numeric_limits<T>::quiet_NaN());
+    else
+      compute(row, b, N, result);
+  }
+}
+
+template <typename T>
+void forward(const Tensor& dense, const Tensor& out, Dtype dtype, double tau) {
+  run<T>(dense, out, [&](const SortedRow<T>& row, int64_t, int64_t N, T* result) {
+    const int64_t finite = row.high - row.low;
+    const T above = static_cast<T>(N - row.high);
+    fill_infinite(row, N, static_cast<T>(N), T(1), result);
+    parallel(ceil_div(finite, kChunk), kChunk * finite, [&](int64_t begin, int64_t end) {
+      const std::unique_ptr<T[]> scratch(new T[static_cast<size_t>(finite)]);
+      const std::unique_ptr<T[]> ranks(new T[static_cast<size_t>(finite)]);
+      const int64_t first = begin * kChunk, last = std::min(end * kChunk, finite);
+      for (int64_t i = first; i < last; i += kChunk)
+        SHIVA_CALL_KERNEL(
+            soft_rank_range, dtype, row.values.data() + row.low, finite, i, std::min(i + kChunk, last), tau,
+            scratch.get(), ranks.get());
+      for (int64_t i = first; i < last; ++i) result[row.order[row.low + i]] = ranks[i] + above;
+    });
+  });
+}
+
+template <typename T>
+void backward(const Tensor& grad, const Tensor& dense, const Tensor& out, Dtype dtype, double tau) {
+  run<T>(dense, out, [&](const SortedRow<T>& row, int64_t b, int64_t N, T* result) {
+    const int64_t finite = row.high - row.low;
+    const T* row_grad = data<T>(grad) + b * N;
+    std::vector<T> sorted_grad(static_cast<size_t>(finite));
+    for (int64_t i = 0; i < finite; ++i) sorted_grad[i] = row_grad[row.order[row.low + i]];
+    fill_infinite(row, N, T(0), T(0), result);
+    parallel(ceil_div(finite, kChunk), kChunk * finite, [&](int64_t begin, int64_t end) {
+      const std::unique_ptr<T[]> scratch(new T[static_cast<size_t>(finite)]);
+      const std::unique_ptr<T[]> grads(new T[static_cast<size_t>(finite)]);
+      const int64_t first = begin * kChunk, last = std::min(end * kChunk, finite);
+      for (int64_t i = first; i < last; i += kChunk)
+        SHIVA_CALL_KERNEL(
+            soft_rank_backward_range, dtype, row.values.data() + row.low, sorted_grad.data(), finite, i,
+            std::min(i + kChunk, last), tau, scratch.get(), grads.get());
+      for (int64_t i = first; i < last; ++i) result[row.order[row.low + i]] = grads[i];
+    });
+  });
+}
+
+Tensor soft_rank(const Tensor& scores, double tau) {
+  check("soft_rank", scores, tau);
+  const ScalarType type = accumulate_type(scores);
+  const Tensor dense = torch::stable::contiguous(torch::stable::to(scores, type));
+  Tensor out = torch::stable::new_empty(scores, {scores.size(0), scores.size(1)}, type);
+  if (type == ScalarType::Double)
+    forward<double>(dense, out, Dtype::Float64, tau);
+  else
+    forward<float>(dense, out, Dtype::Float32, tau);
+  return out;
+}
+
+Tensor soft_rank_backward(const Tensor& grad, const Tensor& scores, double tau) {
+  constexpr char op[] = "soft_rank_backward";
+  check(op, scores, tau);
+  check_shape(op, "grad", grad, {scores.size(0), scores.size(1)});
+  floating_dtype(op, "grad", grad);
+  const ScalarType type = accumulate_type(scores);
+  const Tensor dense = torch::stable::contiguous(torch::stable::to(scores, type));
+  const Tensor dense_grad = torch::stable::contiguous(torch::stable::to(grad, type));
+  Tensor out = torch::stable::new_empty(scores, {scores.size(0), scores.size(1)}, type);
+  if (type == ScalarType::Double)
+    backward<double>(dense_grad, dense, out, Dtype::Float64, tau);
+  else
+    backward<float>(dense_grad, dense, out, Dtype::Float32, tau);
+  return torch::stable::to(out, scores.scalar_type());
+}
+
+} // namespace
+} // namespace shiva::cpu
+
+STABLE_TORCH_LIBRARY_IMPL(shiva, CPU, m) {
+  m.impl("soft_rank", TORCH_BOX(&shiva::cpu::soft_rank));
+  m.impl("soft_rank_backward", TORCH_BOX(&shiva::cpu::soft_rank_backward));
+}

@@ -1,0 +1,58 @@
+#include <cstring>
+
+#include "cpu/launch.h"
+
+namespace shiva::cpu {
+namespace {
+
+// Checks base [B, N, D], index [B, k], src [B, k, D]; returns the index as contiguous int64.
+Tensor check_scatter(const char* op, const Tensor& base, const Tensor& index, const Tensor& src) {
+  check_dim(op, "base", base, 3);
+  floating_dtype(op, "base", base);
+  const Tensor kept = checked_index(op, "index", index, base.size(0), base.size(1));
+  check_shape(op, "src", src, {base.size(0), kept.size(1), base.size(2)});
+  check_same_dtype(op, "src", src, "base", base);
+  return kept;
+}
+
+void write_rows(const Rows& to, const Tensor& kept, const Tensor& src, int64_t row_bytes) {
+  const int64_t k = kept.size(1);
+  const Tensor dense = with_dense_channels(src);
+  const Rows from = rows_of(dense);
+  const int64_t* tokens = data<int64_t>(kept);
+  parallel(kept.numel(), 2 * row_bytes, [&](int64_t begin, int64_t end) {
+    for (int64_t i = begin; i < end; ++i)
+      std::memcpy(to.at(i / k, tokens[i]), from.at(i / k, i % k), static_cast<size_t>(row_bytes));
+  });
+}
+
+// base [B, N, D] with the rows index [B, k] replaced by src [B, k, D]
+Tensor token_scatter(const Tensor& base, const Tensor& index, const Tensor& src) {
+  return replace_rows(base, check_scatter("token_scatter", base, index, src), src);
+}
+
+void token_scatter_(Tensor base, const Tensor& index, const Tensor& src) {
+  const Tensor kept = check_scatter("token_scatter_", base, index, src);
+  SHIVA_CHECK(
+      base.size(2) <= 1 || base.stride(2) == 1, "token_scatter_", "base must have adjacent channels (stride(2) == 1), got stride ",
+      base.stride(2), "; call it on base.contiguous()");
+  write_rows(rows_of(base), kept, src, base.size(2) * static_cast<int64_t>(base.element_size()));
+}
+
+// -> grad with the rows index set to zero [B, N, D], grad gathered at index [B, k, D]
+std::tuple<Tensor, Tensor> token_scatter_backward(const Tensor& grad, const Tensor& index) {
+  constexpr char op[] = "token_scatter_backward";
+  check_dim(op, "grad", grad, 3);
+  floating_dtype(op, "grad", grad);
+  const Tensor kept = checked_index(op, "index", index, grad.size(0), grad.size(1));
+  return split_rows(grad, kept);
+}
+
+} // namespace
+} // namespace shiva::cpu
+
+STABLE_TORCH_LIBRARY_IMPL(shiva, CPU, m) {
+  m.impl("token_scatter", TORCH_BOX(&shiva::cpu::token_scatter));
+  m.impl("token_scatter_", TORCH_BOX(&shiva::cpu::token_scatter_));
+  m.impl("token_scatter_backward", TORCH_BOX(&shiva::cpu::token_scatter_backward));
+}

@@ -1,0 +1,40 @@
+#include <memory>
+
+#include "cpu/launch.h"
+#include "cpu/topk_select_kernel.h"
+
+namespace shiva::cpu {
+namespace {
+
+constexpr char kOp[] = "topk_select";
+
+std::tuple<Tensor, Tensor> topk_select(const Tensor& scores, int64_t k) {
+  check_dim(kOp, "scores", scores, 2);
+  const Dtype dtype = floating_dtype(kOp, "scores", scores);
+  const int64_t B = scores.size(0), N = scores.size(1);
+  SHIVA_CHECK(k >= 0 && k <= N, kOp, "k must lie in [0, ", N, "], the number of tokens, got ", k);
+  const Tensor dense = torch::stable::contiguous(scores);
+  Tensor kept = torch::stable::new_empty(scores, {B, k}, ScalarType::Long);
+  Tensor rejected = torch::stable::new_empty(scores, {B, N - k}, ScalarType::Long);
+  const int64_t row_bytes = N * static_cast<int64_t>(scores.element_size());
+  const char* in = data<char>(dense);
+  parallel(B, 8 * row_bytes, [&](int64_t begin, int64_t end) {
+    const std::unique_ptr<uint64_t[]> keys(new uint64_t[static_cast<size_t>(2 * N)]);
+    for (int64_t b = begin; b < end; ++b) {
+      int64_t* kept_row = data<int64_t>(kept) + b * k;
+      int64_t* rejected_row = data<int64_t>(rejected) + b * (N - k);
+      if (k == 0 || k == N) {
+        int64_t* all = k == 0 ? rejected_row : kept_row;
+        for (int64_t i = 0; i < N; ++i) all[i] = i;
+      } else {
+        SHIVA_CALL_KERNEL(topk_select_row, dtype, in + b * row_bytes, N, k, keys.get(), kept_row, rejected_row);
+      }
+    }
+  });
+  return {kept, rejected};
+}
+
+} // namespace
+} // namespace shiva::cpu
+
+STABLE_TORCH_LIBRARY_IMPL(shiva, CPU, m) { m.impl("topk_select", TORCH_BOX(&shiva::cpu::topk_select)); }

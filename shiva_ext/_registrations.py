@@ -1,0 +1,308 @@
+"""Fake kernels, autograd and autocast of torch.ops.shiva, op by op in the order of csrc/library.cpp.
+
+The stable ABI has no C++ registration for these. Shapes follow from the arguments, never from data, so that traced
+graphs have no data-dependent operation.
+"""
+
+import torch
+from torch import Tensor
+from torch.library import register_autograd, register_fake
+
+from . import _library  # noqa: F401  (defines the ops)
+
+_ops = torch.ops.shiva
+_autocast = torch.library.Library("shiva", "IMPL")
+
+
+def _check(condition, op: str, message: str) -> None:
+    if not condition:
+        raise RuntimeError(f"shiva::{op}: {message}")
+
+
+def _acc(x: Tensor) -> torch.dtype:
+    return torch.float64 if x.dtype == torch.float64 else torch.float32
+
+
+def _cast(tensor: Tensor, dtype: torch.dtype) -> Tensor:
+    return tensor.to(dtype) if tensor.is_floating_point() and tensor.dtype != dtype else tensor
+
+
+def _register_autocast(name: str, convert) -> None:
+    """Under autocast, call the op with ``convert(autocast dtype, *args)`` in place of its arguments."""
+    op = getattr(_ops, name).default
+    for device in ("cpu", "cuda"):
+
+        def kernel(*args, device=device):
+            key = torch._C.DispatchKey.AutocastCPU if device == "cpu" else torch._C.DispatchKey.AutocastCUDA
+            with torch._C._ExcludeDispatchKeyGuard(torch._C.DispatchKeySet(key)):
+                return op(*convert(torch.get_autocast_dtype(device), *args))
+
+        _autocast.impl(name, kernel, "AutocastCPU" if device == "cpu" else "AutocastCUDA")
+
+
+def _widest(*positions: int):
+    """Autocast rule: promote the float arguments at these positions to their widest dtype."""
+
+    def convert(_, *args):
+        dtype = args[positions[0]].dtype
+        for position in positions[1:]:
+            dtype = torch.promote_types(dtype, args[position].dtype)
+        return [_cast(arg, dtype) if i in positions else arg for i, arg in enumerate(args)]
+
+    return convert
+
+
+# topk_select
+
+
+@register_fake("shiva::topk_select")
+def _(scores, k):
+    _check(scores.dim() == 2, "topk_select", f"scores must have 2 dimensions, got shape {list(scores.shape)}")
+    B, N = scores.shape
+    torch._check(k >= 0)
+    torch._check(k <= N)
+    return scores.new_empty((B, k), dtype=torch.int64), scores.new_empty((B, N - k), dtype=torch.int64)
+
+
+# soft_rank
+
+
+@register_fake("shiva::soft_rank")
+def _(scores, tau):
+    return torch.empty(scores.shape, dtype=_acc(scores), device=scores.device)
+
+
+@register_fake("shiva::soft_rank_backward")
+def _(grad, scores, tau):
+    return torch.empty(scores.shape, dtype=scores.dtype, device=scores.device)
+
+
+def _soft_rank_setup(ctx, inputs, output):
+    scores, ctx.tau = inputs
+    ctx.save_for_backward(scores)
+
+
+def _soft_rank_backward(ctx, grad):
+    return _ops.soft_rank_backward(grad, ctx.saved_tensors[0], ctx.tau), None
+
+
+register_autograd("shiva::soft_rank", _soft_rank_backward, setup_context=_soft_rank_setup)
+_register_autocast("soft_rank", lambda _, scores, tau: (_cast(scores, _acc(scores)), tau))
+
+
+# token_gather
+
+
+@register_fake("shiva::token_gather")
+def _(x, index):
+    return x.new_empty((*index.shape, x.shape[-1]))
+
+
+@register_fake("shiva::token_gather_backward")
+def _(grad, index, n, broadcast):
+    B, _, D = grad.shape
+    return grad.new_empty((n, D) if broadcast else (B, n, D))
+
+
+def _token_gather_setup(ctx, inputs, output):
+    x, index = inputs
+    ctx.n, ctx.broadcast = x.shape[-2], x.dim() == 2
+    ctx.save_for_backward(index)
+
+
+def _token_gather_backward(ctx, grad):
+    return _ops.token_gather_backward(grad, ctx.saved_tensors[0], ctx.n, ctx.broadcast), None
+
+
+register_autograd("shiva::token_gather", _token_gather_backward, setup_context=_token_gather_setup)
+
+
+# token_scatter
+
+
+@register_fake("shiva::token_scatter")
+def _(base, index, src):
+    return torch.empty(base.shape, dtype=base.dtype, device=base.device)
+
+
+@register_fake("shiva::token_scatter_")
+def _(base, index, src):
+    return None
+
+
+@register_fake("shiva::token_scatter_backward")
+def _(grad, index):
+    B, _, D = grad.shape
+    return torch.empty(grad.shape, dtype=grad.dtype, device=grad.device), grad.new_empty((B, index.shape[1], D))
+
+
+def _token_scatter_setup(ctx, inputs, output):
+    ctx.save_for_backward(inputs[1])
+
+
+def _token_scatter_backward(ctx, grad):
+    grad_base, grad_src = _ops.token_scatter_backward(grad, ctx.saved_tensors[0])
+    return grad_base, None, grad_src
+
+
+register_autograd("shiva::token_scatter", _token_scatter_backward, setup_context=_token_scatter_setup)
+_register_autocast("token_scatter", _widest(0, 2))
+_register_autocast("token_scatter_", lambda _, base, index, src: (base, index, _cast(src, base.dtype)))
+
+
+# residual_gate
+
+
+@register_fake("shiva::residual_gate")
+def _(x, inclusion, kept):
+    B, _, D = x.shape
+    return x.new_empty((B, kept.shape[1], D)), torch.empty(x.shape, dtype=x.dtype, device=x.device)
+
+
+@register_fake("shiva::residual_gate_backward")
+def _(grad_selected, grad_base, x, kept):
+    return torch.empty(x.shape, dtype=x.dtype, device=x.device), x.new_empty(x.shape[:2], dtype=_acc(x))
+
+
+def _residual_gate_setup(ctx, inputs, output):
+    x, _, kept = inputs
+    ctx.save_for_backward(x, kept)
+
+
+def _residual_gate_backward(ctx, grad_selected, grad_base):
+    grad_x, grad_inclusion = _ops.residual_gate_backward(grad_selected, grad_base, *ctx.saved_tensors)
+    return grad_x, grad_inclusion, None
+
+
+register_autograd("shiva::residual_gate", _residual_gate_backward, setup_context=_residual_gate_setup)
+_register_autocast("residual_gate", lambda _, x, inclusion, kept: (x, _cast(inclusion, _acc(x)), kept))
+
+
+# counterfactual_scatter
+
+
+@register_fake("shiva::counterfactual_scatter")
+def _(base, kept, src, inclusion, update, kappa):
+    return torch.empty(base.shape, dtype=base.dtype, device=base.device)
+
+
+@register_fake("shiva::counterfactual_scatter_backward")
+def _(grad, base, kept, src, update, kappa):
+    B, N, D = base.shape
+    grad_base = torch.empty(base.shape, dtype=base.dtype, device=base.device)
+    return grad_base, base.new_empty((B, kept.shape[1], D)), base.new_empty((B, N), dtype=_acc(base))
+
+
+def _counterfactual_setup(ctx, inputs, output):
+    base, kept, src, _, update, ctx.kappa = inputs
+    ctx.save_for_backward(base, kept, src, update)
+
+
+def _counterfactual_backward(ctx, grad):
+    grads = _ops.counterfactual_scatter_backward(grad, *ctx.saved_tensors, ctx.kappa)
+    return grads[0], None, grads[1], grads[2], None, None
+
+
+register_autograd("shiva::counterfactual_scatter", _counterfactual_backward, setup_context=_counterfactual_setup)
+
+
+def _counterfactual_autocast(_, base, kept, src, inclusion, update, kappa):
+    _, base, src, update = _widest(1, 2, 3)(None, None, base, src, update)
+    return base, kept, src, _cast(inclusion, _acc(base)), update, kappa
+
+
+_register_autocast("counterfactual_scatter", _counterfactual_autocast)
+
+
+# router_score
+
+
+@register_fake("shiva::router_score")
+def _(x, context, w_in, ln_weight, ln_bias, w_out, eps):
+    return x.new_empty(x.shape[:2], dtype=_acc(x))
+
+
+@register_fake("shiva::router_score_backward")
+def _(grad, x, context, w_in, ln_weight, ln_bias, w_out, eps):
+    inputs = (x, context, w_in, ln_weight, ln_bias, w_out)
+    return tuple(torch.empty(t.shape, dtype=t.dtype, device=t.device) for t in inputs)
+
+
+def _router_score_setup(ctx, inputs, output):
+    *tensors, ctx.eps = inputs
+    ctx.save_for_backward(*tensors)
+
+
+def _router_score_backward(ctx, grad):
+    return *_ops.router_score_backward(grad, *ctx.saved_tensors, ctx.eps), None
+
+
+register_autograd("shiva::router_score", _router_score_backward, setup_context=_router_score_setup)
+
+
+def _router_score_autocast(dtype, x, context, w_in, ln_weight, ln_bias, w_out, eps):
+    if x.dtype == torch.float64:
+        return x, context, w_in, ln_weight, ln_bias, w_out, eps
+    small = [_cast(t, torch.float32) for t in (context, ln_weight, ln_bias, w_out)]
+    return _cast(x, dtype), small[0], _cast(w_in, dtype), *small[1:], eps
+
+
+_register_autocast("router_score", _router_score_autocast)
+
+
+# gather_modulate
+
+
+@register_fake("shiva::gather_modulate")
+def _(x, index, shift, scale, eps):
+    return x.new_empty((*index.shape, x.shape[-1]))
+
+
+@register_fake("shiva::gather_modulate_backward")
+def _(grad, x, index, scale, eps):
+    B, N, D = x.shape
+    return torch.empty(x.shape, dtype=x.dtype, device=x.device), x.new_empty((B, D)), x.new_empty((B, D))
+
+
+def _gather_modulate_setup(ctx, inputs, output):
+    x, index, _, scale, ctx.eps = inputs
+    ctx.save_for_backward(x, index, scale)
+
+
+def _gather_modulate_backward(ctx, grad):
+    x, index, scale = ctx.saved_tensors
+    grad_x, grad_shift, grad_scale = _ops.gather_modulate_backward(grad, x, index, scale, ctx.eps)
+    return grad_x, None, grad_shift, grad_scale, None
+
+
+register_autograd("shiva::gather_modulate", _gather_modulate_backward, setup_context=_gather_modulate_setup)
+_register_autocast("gather_modulate", _widest(0, 2, 3))
+
+
+# scatter_residual
+
+
+@register_fake("shiva::scatter_residual")
+def _(base, index, update, gate):
+    return torch.empty(base.shape, dtype=base.dtype, device=base.device)
+
+
+@register_fake("shiva::scatter_residual_backward")
+def _(grad, index, update, gate):
+    B, _, D = grad.shape
+    return grad.new_empty((B, index.shape[1], D)), grad.new_empty((B, D))
+
+
+def _scatter_residual_setup(ctx, inputs, output):
+    _, index, update, gate = inputs
+    ctx.save_for_backward(index, update, gate)
+
+
+def _scatter_residual_backward(ctx, grad):
+    index, update, gate = ctx.saved_tensors
+    grad_update, grad_gate = _ops.scatter_residual_backward(grad, index, update, gate)
+    return grad, None, grad_update, grad_gate
+
+
+register_autograd("shiva::scatter_residual", _scatter_residual_backward, setup_context=_scatter_residual_setup)
+_register_autocast("scatter_residual", _widest(0, 2, 3))

@@ -1,0 +1,145 @@
+"""A trained selection as a folder: ``config.json``, ``shiva.safetensors`` and a PEFT ``adapter`` folder."""
+
+import json
+import os
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+
+import torch
+from safetensors import SafetensorError
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+
+from ._library import __version__
+from .models import Conditioning
+from .selection import PolicyConfig, RatioPolicy, RatioTable, RouterConfig, ShivaRouter
+
+CONFIG_NAME, WEIGHTS_NAME, ADAPTER_NAME = "config.json", "shiva.safetensors", "adapter"
+
+
+@dataclass
+class ShivaArtifact:
+    """Router, ratio table and, optionally, the policy the table came from and the adapter that was tuned with them.
+
+    It is a selector: :func:`shiva_ext.enable` takes it as it takes the folder it was saved in.
+
+    Attributes:
+        model_class: class of the transformer it was trained for.
+        router, table, policy: see :mod:`shiva_ext.selection`.
+        adapter: PEFT folder of the tuned weights, or None.
+        metadata: free JSON values, such as the training settings.
+    """
+
+    model_class: str
+    router: ShivaRouter
+    table: RatioTable
+    policy: RatioPolicy | None = None
+    adapter: Path | None = None
+    metadata: dict = field(default_factory=dict)
+
+    @property
+    def first_layer(self) -> int:
+        return self.table.first_layer
+
+    def ratios(self, sigma: float) -> tuple[float, ...]:
+        """Share of tokens each layer keeps at noise level sigma."""
+        return self.table.ratios(sigma)
+
+    def scores(self, layer: int, x: Tensor, sigma: float, conditioning: Conditioning) -> Tensor:
+        """Router scores [B,N] of tokens x [B,N,D] at the entry of a layer."""
+        return self.router(layer, x, conditioning.timestep_embedding, conditioning.pooled_embedding)
+
+    def save(self, folder: str | os.PathLike) -> Path:
+        """Write the artefact; files appear whole or not at all. The adapter folder, if any, is the caller's to fill."""
+        folder = Path(folder)
+        folder.mkdir(parents=True, exist_ok=True)
+        tensors = {f"router.{k}": v for k, v in self.router.state_dict().items()}
+        tensors |= {f"table.{k}": v for k, v in self.table.to_tensors().items()}
+        if self.policy is not None:
+            tensors |= {f"policy.{k}": v for k, v in self.policy.state_dict().items()}
+        config = dict(
+            format=1,
+            shiva_ext=__version__,
+            model_class=self.model_class,
+            router=asdict(self.router.config),
+            policy=None if self.policy is None else asdict(self.policy.config),
+            adapter=self.adapter is not None,
+            metadata=self.metadata,
+        )
+        save_file({k: v.detach().cpu().contiguous() for k, v in tensors.items()}, folder / (WEIGHTS_NAME + ".tmp"))
+        (folder / (CONFIG_NAME + ".tmp")).write_text(json.dumps(config, indent=1))
+        for name in (WEIGHTS_NAME, CONFIG_NAME):
+            os.replace(folder / (name + ".tmp"), folder / name)
+        return folder
+
+    @classmethod
+    def load(cls, source: str | os.PathLike) -> "ShivaArtifact":
+        """Read an artefact from a folder or, if there is none of that name, from the Hugging Face hub.
+
+        Raises:
+            FileNotFoundError: neither exists, or the folder is not an artefact.
+            ValueError: the artefact is damaged or of a later format.
+        """
+        folder = Path(source)
+        if not folder.exists():
+            folder = _download(str(source))
+        if not (folder / CONFIG_NAME).is_file() or not (folder / WEIGHTS_NAME).is_file():
+            raise FileNotFoundError(
+                f"shiva_ext: {folder} is not a Shiva artefact: it lacks {CONFIG_NAME} or {WEIGHTS_NAME}"
+            )
+        try:
+            config = json.loads((folder / CONFIG_NAME).read_text())
+            tensors = load_file(folder / WEIGHTS_NAME)
+        except (json.JSONDecodeError, SafetensorError) as error:
+            raise ValueError(f"shiva_ext: the artefact in {folder} is damaged ({error}); download or train it again") from error
+        if config.get("format") != 1:
+            raise ValueError(
+                f"shiva_ext: {folder} has artefact format {config.get('format')!r}, this version reads 1; update shiva_ext"
+            )
+
+        def part(prefix: str) -> dict[str, Tensor]:
+            return {k[len(prefix) :]: v for k, v in tensors.items() if k.startswith(prefix)}
+
+        router = ShivaRouter.from_config(RouterConfig(**config["router"]))
+        router.load_state_dict(part("router."))
+        policy = None
+        if config["policy"] is not None:
+            policy = RatioPolicy.from_config(PolicyConfig(**config["policy"]))
+            policy.load_state_dict(part("policy."))
+        return cls(
+            config["model_class"],
+            router.eval().requires_grad_(False),
+            RatioTable.from_tensors(part("table.")),
+            policy if policy is None else policy.eval().requires_grad_(False),
+            folder / ADAPTER_NAME if config["adapter"] else None,
+            config["metadata"],
+        )
+
+
+def _download(repo_id: str) -> Path:
+    from huggingface_hub import snapshot_download
+    from huggingface_hub.errors import HFValidationError, HfHubHTTPError, LocalEntryNotFoundError
+
+    try:
+        return Path(snapshot_download(repo_id, allow_patterns=["*.json", "*.safetensors"]))
+    except (HFValidationError, HfHubHTTPError, LocalEntryNotFoundError, OSError) as error:
+        raise FileNotFoundError(
+            f"shiva_ext: {repo_id!r} is neither a folder here nor a repository on the hub that could be reached ({error})"
+        ) from error
+
+
+class BaselineSource:
+    """Makes a selector without training (``RandomSelector``, ``LargestNormSelector``) usable as a source."""
+
+    first_layer = 1
+
+    def __init__(self, selector, num_layers: int):
+        self.selector = selector
+        self._ratios = (1.0,) + (selector.ratio,) * (num_layers - 1)
+
+    def ratios(self, sigma: float) -> tuple[float, ...]:
+        return self._ratios
+
+    def scores(self, layer: int, x: Tensor, sigma: float, conditioning: Conditioning) -> Tensor:
+        with torch.no_grad():
+            return self.selector.scores(layer, x, sigma)

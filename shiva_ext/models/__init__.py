@@ -1,0 +1,6 @@
+"""Adapters: what token selection must know of a model family."""
+
+from .base import Conditioning, ModelAdapter, adapter_for
+from .sd3 import SD3Adapter
+
+__all__ = ["Conditioning", "ModelAdapter", "SD3Adapter", "adapter_for"]

@@ -1,0 +1,85 @@
+"""The interface of an adapter, and the registry of model families."""
+
+import inspect
+from abc import ABC, abstractmethod
+from typing import NamedTuple
+
+from torch import Tensor, nn
+
+
+class Conditioning(NamedTuple):
+    """What the backbone itself knows of the step and the prompt."""
+
+    timestep: Tensor  # [B]
+    timestep_embedding: Tensor  # [B, temb_dim]
+    pooled_embedding: Tensor  # [B, pooled_dim]
+
+
+class ModelAdapter(ABC):
+    """Says where a family's blocks take their image tokens and where they give them back.
+
+    Attributes:
+        model_class: name of the transformer's class.
+        image_argument: name of the block argument that holds the image tokens [B,N,D].
+        image_output: their position in the block's output tuple; None if the block returns them alone.
+    """
+
+    model_class: str
+    image_argument: str = "hidden_states"
+    image_output: int | None = None
+
+    @abstractmethod
+    def blocks(self, transformer: nn.Module) -> list[nn.Module]:
+        """The prunable blocks in their order; layer numbers are positions in this list."""
+
+    @abstractmethod
+    def dims(self, transformer: nn.Module) -> dict[str, int]:
+        """``dim``, ``temb_dim``, ``pooled_dim`` and ``num_layers``, as a router is configured with."""
+
+    @abstractmethod
+    def conditioning(self, transformer: nn.Module, arguments: dict) -> Conditioning:
+        """The embeddings of a forward call with these named arguments."""
+
+    def batched_guidance(self, arguments: dict, pipeline_guides: bool) -> bool:
+        """Whether this call's batch is the unconditional half followed by the conditional one."""
+        return pipeline_guides
+
+    @staticmethod
+    def bind(forward, args: tuple, kwargs: dict) -> dict:
+        """Positional and keyword arguments of a call by name."""
+        names = [p for p in inspect.signature(forward).parameters if p != "self"]
+        return {**dict(zip(names, args, strict=False)), **kwargs}
+
+    def image_tokens(self, output):
+        """The image tokens in a block's output."""
+        return output if self.image_output is None else output[self.image_output]
+
+    def with_image_tokens(self, output, tokens: Tensor):
+        """A block's output with its image tokens replaced."""
+        if self.image_output is None:
+            return tokens
+        return (*output[: self.image_output], tokens, *output[self.image_output + 1 :])
+
+
+ADAPTERS: dict[str, type[ModelAdapter]] = {}
+
+
+def register(adapter: type[ModelAdapter]) -> type[ModelAdapter]:
+    """Class decorator: makes an adapter known by its ``model_class``."""
+    ADAPTERS[adapter.model_class] = adapter
+    return adapter
+
+
+def adapter_for(transformer: nn.Module) -> ModelAdapter:
+    """The adapter of a transformer, by the name of its class or of one it inherits from.
+
+    Raises:
+        TypeError: the family is unknown; the message lists those that are known.
+    """
+    for cls in type(transformer).__mro__:
+        if cls.__name__ in ADAPTERS:
+            return ADAPTERS[cls.__name__]()
+    raise TypeError(
+        f"shiva_ext has no adapter for {type(transformer).__name__}; it knows {', '.join(sorted(ADAPTERS))}. "
+        "A new family is one small class in shiva_ext/models, see CONTRIBUTING.md"
+    )

@@ -1,0 +1,34 @@
+"""Stable Diffusion 3 and 3.5 (MM-DiT)."""
+
+from torch import nn
+
+from .base import Conditioning, ModelAdapter, register
+
+
+@register
+class SD3Adapter(ModelAdapter):
+    """``SD3Transformer2DModel``: joint blocks over image and text tokens, absolute positions.
+
+    Positions are added before the first block, so a gathered token carries its own. Text tokens are never pruned. A
+    block returns (text tokens, image tokens); the last one returns None for the text.
+    """
+
+    model_class = "SD3Transformer2DModel"
+    image_output = 1
+
+    def blocks(self, transformer: nn.Module) -> list[nn.Module]:
+        return list(transformer.transformer_blocks)
+
+    def dims(self, transformer: nn.Module) -> dict[str, int]:
+        D = transformer.inner_dim
+        return dict(dim=D, temb_dim=D, pooled_dim=D, num_layers=len(transformer.transformer_blocks))
+
+    def conditioning(self, transformer: nn.Module, arguments: dict) -> Conditioning:
+        timestep, pooled = arguments["timestep"], arguments["pooled_projections"]
+        embed = transformer.time_text_embed
+        sinusoid = embed.time_proj(timestep).to(pooled.dtype)
+        return Conditioning(timestep, embed.timestep_embedder(sinusoid), embed.text_embedder(pooled))
+
+    def batched_guidance(self, arguments: dict, pipeline_guides: bool) -> bool:
+        # Skip-layer guidance is a further call, on the conditional half alone.
+        return pipeline_guides and arguments.get("skip_layers") is None

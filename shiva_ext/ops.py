@@ -1,0 +1,163 @@
+"""Typed wrappers of ``torch.ops.shiva``; :mod:`shiva_ext.reference` says in plain PyTorch what each computes.
+
+Shapes: B batch rows, N tokens, D channels, k kept tokens, H router width. Floating arguments may be float32, bfloat16,
+float16 or float64; sums are taken in float32 (float64 for float64). Indices are int64 or int32, unique in a row; on the
+CPU their range is checked. All ops are deterministic for any number of threads. Wrong arguments raise RuntimeError (or
+ValueError where a wrapper looks at values) naming the op, the argument, what was got and what was wanted.
+"""
+
+import math
+
+import torch
+from torch import Tensor
+
+from . import _registrations  # noqa: F401  (fakes, autograd, autocast)
+
+_ops = torch.ops.shiva
+
+
+def topk_select(scores: Tensor, k: int) -> tuple[Tensor, Tensor]:
+    """Split every row into its ``k`` best tokens and the rest. Not differentiable.
+
+    Larger scores first; equal scores keep the smaller index; -0 equals +0; NaN counts as largest, as in torch.topk.
+
+    Args:
+        scores: [B,N].
+        k: 0 <= k <= N.
+
+    Returns:
+        kept [B,k] and rejected [B,N-k], int64, both ascending.
+    """
+    return _ops.topk_select(scores, k)
+
+
+def soft_rank(scores: Tensor, tau: float) -> Tensor:
+    """Differentiable descending rank, ``1 + sum_{j != i} sigmoid((s_j - s_i) / tau)``; 1 is best.
+
+    Shiva-DiT (arXiv 2602.05605), eq. 5. Memory is O(N) a row, forward and backward.
+
+    Args:
+        scores: [B,N], finite.
+        tau: temperature in units of the scores, > 0.
+
+    Returns:
+        [B,N] float32 (float64 for float64 scores).
+
+    Raises:
+        ValueError: tau is not a positive finite number, or (on the CPU, outside tracing) a score is NaN or infinite.
+    """
+    if not (tau > 0 and math.isfinite(tau)):
+        raise ValueError(f"soft_rank: tau is {tau}, wanted a positive finite temperature")
+    if scores.device.type == "cpu" and not torch.compiler.is_compiling() and type(scores) in (Tensor, torch.nn.Parameter):
+        if scores.is_floating_point() and not torch.isfinite(scores).all():
+            count = int((~torch.isfinite(scores)).sum())
+            raise ValueError(
+                f"soft_rank: scores holds {count} NaN or infinite values of {scores.numel()}, wanted finite scores; "
+                "look at the router's inputs (torch.ops.shiva.soft_rank does not check)"
+            )
+    return _ops.soft_rank(scores, tau)
+
+
+def token_gather(x: Tensor, index: Tensor) -> Tensor:
+    """Rows ``index`` [B,k] of ``x`` [B,N,D], or of one table [N,D] shared by the batch (RoPE). Returns [B,k,D]."""
+    return _ops.token_gather(x, index)
+
+
+def token_scatter(base: Tensor, index: Tensor, src: Tensor) -> Tensor:
+    """A copy of ``base`` [B,N,D] with the rows ``index`` [B,k] replaced by ``src`` [B,k,D]."""
+    return _ops.token_scatter(base, index, src)
+
+
+def token_scatter_(base: Tensor, index: Tensor, src: Tensor) -> Tensor:
+    """:func:`token_scatter` in place, for inference; channels of ``base`` must be adjacent. Returns ``base``.
+
+    Raises:
+        RuntimeError: gradients are on and an argument requires one; use :func:`token_scatter`.
+    """
+    if torch.is_grad_enabled() and (base.requires_grad or src.requires_grad):
+        raise RuntimeError(
+            "shiva::token_scatter_: an argument requires a gradient, but the in-place form has none; use token_scatter, "
+            "or call it under torch.no_grad()"
+        )
+    _ops.token_scatter_(base, index, src)
+    return base
+
+
+def residual_gate(x: Tensor, inclusion: Tensor, kept: Tensor) -> tuple[Tensor, Tensor]:
+    """Gather the kept tokens and give ``inclusion`` the residual straight-through gradient.
+
+    Shiva-DiT (arXiv 2602.05605), eq. 7 and 23. Backward, in one pass over x: the gradient of x is
+    ``grad_base + scatter(grad_selected)``; that of inclusion is ``<grad_selected_i, x_i>`` for a kept token and
+    ``-<grad_base_i, x_i>`` for a rejected one.
+
+    Args:
+        x: [B,N,D].
+        inclusion: [B,N] float32 (float64 for float64 x); its values do not enter the forward.
+        kept: [B,k].
+
+    Returns:
+        selected [B,k,D], the rows kept, and base [B,N,D], a copy of x.
+    """
+    return _ops.residual_gate(x, inclusion, kept)
+
+
+def counterfactual_scatter(
+    base: Tensor, kept: Tensor, src: Tensor, inclusion: Tensor, update: Tensor, kappa: float
+) -> Tensor:
+    """:func:`token_scatter` that gives ``inclusion`` the counterfactual gradient (docs/method.md).
+
+    With g the gradient of the result, that of inclusion is ``<g_i, src_i - base_i> - kappa |update_i|^2`` for a kept
+    token and ``<g_i, update_i> + kappa |update_i|^2`` for a rejected one.
+
+    Args:
+        base: [B,N,D], tokens at the block's entry.
+        kept: [B,k].
+        src: [B,k,D], the processed tokens.
+        inclusion: [B,N] float32 (float64 for float64 base); its values do not enter the forward.
+        update: [B,N,D], the dense teacher's update of the block; gets no gradient.
+        kappa: half the curvature of the loss along an update, >= 0.
+
+    Returns:
+        [B,N,D].
+    """
+    return _ops.counterfactual_scatter(base, kept, src, inclusion, update, kappa)
+
+
+def router_score(
+    x: Tensor, context: Tensor, w_in: Tensor, ln_weight: Tensor, ln_bias: Tensor, w_out: Tensor, eps: float
+) -> Tensor:
+    """``<LayerNorm(SiLU(x w_in^T + context)), w_out>`` for every token, reading x once.
+
+    Shiva-DiT (arXiv 2602.05605), eq. 9.
+
+    Args:
+        x: [B,N,D].
+        context: [B,H]; the context embedding plus the input bias.
+        w_in: [H,D] in x's dtype.
+        ln_weight, ln_bias, w_out: [H]; these and context may be float32 whatever x is.
+        eps: of the LayerNorm over H.
+
+    Returns:
+        [B,N] float32 (float64 for float64 x).
+    """
+    return _ops.router_score(x, context, w_in, ln_weight, ln_bias, w_out, eps)
+
+
+def gather_modulate(x: Tensor, index: Tensor, shift: Tensor, scale: Tensor, eps: float) -> Tensor:
+    """``LayerNorm(x[index]) * (1 + scale) + shift`` in one pass, the LayerNorm without weights.
+
+    Args:
+        x: [B,N,D].
+        index: [B,k].
+        shift, scale: [B,D].
+        eps: of the LayerNorm over D.
+
+    Returns:
+        [B,k,D].
+    """
+    return _ops.gather_modulate(x, index, shift, scale, eps)
+
+
+def scatter_residual(base: Tensor, index: Tensor, update: Tensor, gate: Tensor) -> Tensor:
+    """A copy of ``base`` [B,N,D] with rows ``index`` [B,k] ``+= gate`` [B,D] ``* update`` [B,k,D], in one pass."""
+    return _ops.scatter_residual(base, index, update, gate)

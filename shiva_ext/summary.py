@@ -1,0 +1,94 @@
+"""What an enabled model keeps, layer by layer and step by step, and what that saves."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from .api import get_handle
+from .evaluation.flops import sd3_forward_flops
+
+
+@dataclass(frozen=True)
+class Summary:
+    """Kept tokens per step and layer.
+
+    Attributes:
+        num_tokens: image tokens N.
+        sigmas: noise level of each step, S of them.
+        kept: tokens that each of L layers processes at each step, [S][L].
+        flops: operations of each step's forward for one sample, S of them.
+        dense_flops: the same for the dense model.
+        hooked: hooked layers.
+    """
+
+    num_tokens: int
+    sigmas: tuple[float, ...]
+    kept: tuple[tuple[int, ...], ...]
+    flops: tuple[int, ...]
+    dense_flops: int
+    hooked: int
+
+    @property
+    def mean_ratio(self) -> float:
+        """Mean share of tokens kept in the pruned layers."""
+        first = len(self.kept[0]) - self.hooked
+        cells = [k for row in self.kept for k in row[first:]]
+        return sum(cells) / len(cells) / self.num_tokens
+
+    @property
+    def flop_speedup(self) -> float:
+        """Dense operations over the mean step's: the speed-up if time followed operations."""
+        return self.dense_flops * len(self.flops) / sum(self.flops)
+
+    def __str__(self) -> str:
+        layers = range(len(self.kept[0]))
+        lines = [
+            f"shiva_ext: {self.hooked} of {len(layers)} blocks hooked, {self.num_tokens} image tokens, "
+            f"mean ratio {self.mean_ratio:.3f}, {sum(self.flops) / len(self.flops) / 1e9:.3f} of "
+            f"{self.dense_flops / 1e9:.3f} GFLOPs a step ({self.flop_speedup:.2f}x)",
+            "sigma  " + " ".join(f"L{layer:<4}" for layer in layers),
+        ]
+        for sigma, row in zip(self.sigmas, self.kept, strict=True):
+            lines.append(f"{sigma:.3f}  " + " ".join(f"{k:<5}" for k in row))
+        return "\n".join(lines)
+
+
+def summary(
+    pipe_or_transformer, num_tokens: int | None = None, steps: int | Sequence[float] = 8, text_tokens: int = 77
+) -> Summary:
+    """Kept and total tokens and operations of an enabled model.
+
+    Args:
+        pipe_or_transformer: what :func:`shiva_ext.enable` was called on.
+        num_tokens: image tokens; by default those of the model's ``sample_size``.
+        steps: noise levels, or how many of them spread evenly over (0, 1].
+        text_tokens: prompt tokens that run with the image.
+
+    Raises:
+        RuntimeError: the model is not enabled.
+    """
+    handle = get_handle(pipe_or_transformer)
+    state, config = handle.state, handle.transformer.config
+    if num_tokens is None:
+        num_tokens = (config.sample_size // config.patch_size) ** 2
+    sigmas = [1 - i / steps for i in range(steps)] if isinstance(steps, int) else list(steps)
+    before = (state.sigma, state.quota)
+    kept = []
+    for sigma in sigmas:
+        state.at(sigma)
+        kept.append(tuple(state.tokens(layer, num_tokens) for layer in range(len(state.quota))))
+    state.sigma, state.quota = before
+    router = getattr(state.selector, "router", None)
+    width = 0 if router is None else router.config.hidden
+
+    def flops(row):
+        pruned = {layer: k for layer, k in enumerate(row) if k < num_tokens}
+        return sd3_forward_flops(handle.transformer, text_tokens, num_tokens, pruned, width)
+
+    return Summary(
+        num_tokens,
+        tuple(sigmas),
+        tuple(kept),
+        tuple(flops(row) for row in kept),
+        sd3_forward_flops(handle.transformer, text_tokens, num_tokens),
+        handle.num_hooked,
+    )

@@ -1,0 +1,1 @@
+"""The small real model and data that every method of this project is proven on."""
