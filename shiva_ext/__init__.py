@@ -1,30 +1,41 @@
 """Learned token selection with a fixed budget for diffusion transformers."""
 
+import importlib
+from typing import TYPE_CHECKING
+
 from . import _registrations, ops, reference  # noqa: F401
 from ._library import __version__, build_info
-from .api import Handle, disable, enable, get_handle
-from .artifact import ShivaArtifact
-from .summary import summary
 
-load = ShivaArtifact.load
+if TYPE_CHECKING:
+    from ._summary import summary
+    from .api import Handle, disable, enable, get_handle
+    from .artifact import ShivaArtifact, load, save
+
+# The ops alone need only torch; what needs diffusers is imported when it is first used.
+_LAZY = {
+    "Handle": "api",
+    "disable": "api",
+    "enable": "api",
+    "get_handle": "api",
+    "ShivaArtifact": "artifact",
+    "load": "artifact",
+    "save": "artifact",
+    "summary": "_summary",
+}
+_SUBMODULES = ("bench", "evaluation", "models", "selection", "testbed", "training")
+
+__all__ = ["__version__", "build_info", "ops", "reference", *_LAZY]
 
 
-def save(artifact: ShivaArtifact, folder):
-    """Write an artefact as a folder; see :meth:`ShivaArtifact.save`."""
-    return artifact.save(folder)
+def __getattr__(name: str):
+    if name in _LAZY:
+        value = getattr(importlib.import_module(f".{_LAZY[name]}", __name__), name)
+        globals()[name] = value
+        return value
+    if name in _SUBMODULES:
+        return importlib.import_module(f".{name}", __name__)
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
 
 
-__all__ = [
-    "Handle",
-    "ShivaArtifact",
-    "__version__",
-    "build_info",
-    "disable",
-    "enable",
-    "get_handle",
-    "load",
-    "ops",
-    "reference",
-    "save",
-    "summary",
-]
+def __dir__() -> list[str]:
+    return sorted([*globals(), *_LAZY, *_SUBMODULES])

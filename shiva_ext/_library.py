@@ -13,6 +13,8 @@ except ImportError as error:
         "or install a wheel; torch >= 2.10 is needed."
     ) from error
 
+_C.build_info()  # chooses the CPU code path, so that a wrong SHIVA_CPU_CAPABILITY fails here and not in an op
+
 try:
     __version__ = importlib.metadata.version("shiva_ext")
 except importlib.metadata.PackageNotFoundError:  # run from a checkout that is not installed

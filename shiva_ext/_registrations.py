@@ -6,7 +6,7 @@ graphs have no data-dependent operation.
 
 import torch
 from torch import Tensor
-from torch.library import register_autograd, register_fake
+from torch.library import register_autograd
 
 from . import _library  # noqa: F401  (defines the ops)
 
@@ -17,6 +17,30 @@ _autocast = torch.library.Library("shiva", "IMPL")
 def _check(condition, op: str, message: str) -> None:
     if not condition:
         raise RuntimeError(f"shiva::{op}: {message}")
+
+
+def register_fake(name: str):
+    """Decorator: a fake kernel, which first refuses arguments on different devices, as meta would win the dispatch."""
+    op = name.removeprefix("shiva::")
+
+    def register(fake):
+        names = [argument.name for argument in getattr(_ops, op).default._schema.arguments]
+
+        def kernel(*args):
+            tensors = [(n, a) for n, a in zip(names, args, strict=False) if isinstance(a, Tensor)]
+            first, reference = tensors[0]
+            for other, tensor in tensors[1:]:
+                _check(
+                    tensor.device == reference.device,
+                    op,
+                    f"{other} is on {tensor.device}, but {first} is on {reference.device}; move all arguments to one "
+                    "device",
+                )
+            return fake(*args)
+
+        return torch.library.register_fake(name, kernel)
+
+    return register
 
 
 def _acc(x: Tensor) -> torch.dtype:

@@ -1,11 +1,12 @@
 """Merging an artefact's PEFT adapter into a model's weights, and taking it back bit for bit."""
 
 import os
+from pathlib import Path
 
 import torch
 from peft import LoraConfig, inject_adapter_in_model, set_peft_model_state_dict
 from peft.tuners.lora import LoraLayer
-from peft.utils import load_peft_weights
+from safetensors.torch import load_file
 from torch import nn
 
 NAME = "shiva"
@@ -32,46 +33,72 @@ def remove(model: nn.Module) -> None:
         del model.peft_config
 
 
+def _skeleton(model: nn.Module) -> nn.Module:
+    """The model's linear layers under their names and with its weights, but in modules of their own."""
+    skeleton = nn.Module()
+    for name, module in model.named_modules():
+        if not isinstance(module, nn.Linear):
+            continue
+        # Where there are other adapters, the layer sits below them, and they have layers of their own.
+        path = name.removesuffix(".base_layer").split(".")
+        if any(part.startswith("lora_") for part in path):
+            continue
+        linear = nn.Linear(module.in_features, module.out_features, bias=False, device="meta")
+        linear.weight = nn.Parameter(module.weight.data, requires_grad=False)
+        parent = skeleton
+        for part in path[:-1]:
+            if not hasattr(parent, part):
+                parent.add_module(part, nn.Module())
+            parent = getattr(parent, part)
+        parent.add_module(path[-1], linear)
+    return skeleton
+
+
+def _merged_weights(model: nn.Module, folder: Path) -> dict[str, torch.Tensor]:
+    """The tuned weights of each layer that the adapter adapts, by the layer's name; the model is only read."""
+    config_file, weights_file = folder / "adapter_config.json", folder / "adapter_model.safetensors"
+    if not config_file.is_file() or not weights_file.is_file():
+        raise FileNotFoundError(
+            f"shiva_ext: {folder} lacks {config_file.name} or {weights_file.name}, which hold the tuned weights; "
+            "get the whole artefact, or enable with adapter=False"
+        )
+    skeleton = _skeleton(model)
+    with torch.random.fork_rng(devices=[]):  # the adapter is initialised before it is loaded
+        inject(skeleton, LoraConfig.from_pretrained(str(folder)))
+    result = set_peft_model_state_dict(skeleton, load_file(weights_file), adapter_name=NAME)
+    missing = [key for key in result.missing_keys if "lora_" in key]
+    if result.unexpected_keys or missing:
+        lacks, key = ("model", result.unexpected_keys[0]) if result.unexpected_keys else ("adapter", missing[0])
+        raise ValueError(
+            f"shiva_ext: the adapter in {folder} was trained for another model: the {lacks} has no {key!r}; enable it "
+            "on its own model, or with adapter=False"
+        )
+    weights = {}
+    for name, module in skeleton.named_modules():
+        if isinstance(module, LoraLayer):
+            module.to(module.get_base_layer().weight.device)
+            module.merge(safe_merge=True)
+            weights[name] = module.get_base_layer().weight.data
+    return weights
+
+
 class MergedAdapter:
     """The adapter's weights merged into the model's, so that inference pays nothing for it.
 
-    The original weights are kept as they were, on their device; :meth:`remove` puts the same tensors back.
+    The original weights are kept as they were; :meth:`remove` puts the same tensors back. Other adapters on the model
+    are left alone, and add to the merged weights as they added to the original ones.
     """
 
     def __init__(self, model: nn.Module, folder: str | os.PathLike):
-        requires_grad = {id(p): p.requires_grad for p in model.parameters()}
-        had_config = getattr(model, "_hf_peft_config_loaded", None)
-        config = LoraConfig.from_pretrained(str(folder))
-        self.originals: list[tuple[nn.Module, str, torch.Tensor]] = []
-        inject(model, config)
-        try:
-            result = set_peft_model_state_dict(model, load_peft_weights(str(folder), device="cpu"), adapter_name=NAME)
-            unexpected = getattr(result, "unexpected_keys", [])
-            if unexpected:
-                raise ValueError(
-                    f"shiva_ext: the adapter in {folder} has weights for layers this model lacks, such as {unexpected[0]!r}"
-                )
-            for module in model.modules():
-                if isinstance(module, LoraLayer) and NAME in module.lora_A:
-                    base = module.get_base_layer()
-                    original = base.weight.data
-                    base.weight.data = original.clone()
-                    self.originals.append((base, "weight", original))
-                    module.to(original.device)
-                    module.merge(safe_merge=True, adapter_names=[NAME])
-                    module.merged_adapters.clear()  # the weights stay; the layer is removed below
-        except BaseException:
-            self.remove()
-            raise
-        finally:
-            remove(model)
-            for p in model.parameters():
-                p.requires_grad_(requires_grad.get(id(p), p.requires_grad))
-            if had_config is None and "_hf_peft_config_loaded" in vars(model):
-                del model._hf_peft_config_loaded
+        self.originals: list[tuple[nn.Module, torch.Tensor]] = []
+        for name, weight in _merged_weights(model, Path(folder)).items():
+            layer = model.get_submodule(name)
+            layer = layer.get_base_layer() if isinstance(layer, LoraLayer) else layer
+            self.originals.append((layer, layer.weight.data))
+            layer.weight.data = weight
 
     def remove(self) -> None:
-        """Give every layer its original weight tensor back."""
-        for module, name, original in self.originals:
-            getattr(module, name).data = original
+        """Give every layer its original weight tensor back, where the model is and in its dtype by now."""
+        for layer, original in self.originals:
+            layer.weight.data = original.to(layer.weight.device, layer.weight.dtype)
         self.originals.clear()

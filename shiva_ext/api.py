@@ -10,6 +10,7 @@ from . import hooks
 from .adapter_weights import MergedAdapter
 from .artifact import BaselineSource, ShivaArtifact
 from .models import adapter_for
+from .scheduler_watch import SchedulerWatch
 from .selection import RatioTable
 
 _HANDLE = "_shiva_ext_handle"
@@ -42,8 +43,11 @@ class Handle:
         return self
 
     def at(self, sigma: float) -> "Handle":
-        """Fix the noise level of the coming calls, in [0, 1]; for a compiled transformer outside a pipeline."""
-        self.state.at(sigma)
+        """Fix the noise level of the coming calls, in [0, 1]; for a compiled transformer outside a pipeline.
+
+        It holds, whatever their timesteps are, until the next call of this or the next step of a pipeline.
+        """
+        self.state.at(sigma, fixed=True)
         return self
 
     def disable(self) -> None:
@@ -76,25 +80,37 @@ def find_transformer(pipe_or_transformer) -> nn.Module:
 def _selector(source, transformer: nn.Module, ratio: float | None, budget: float | None):
     adapter = adapter_for(transformer)
     dims = adapter.dims(transformer)
+    for name, value in (("ratio", ratio), ("budget", budget)):
+        if value is not None and not 0 < value <= 1:
+            raise ValueError(f"shiva_ext: {name} is {value}, wanted a share of the tokens above 0 and at most 1")
     if isinstance(source, (str, os.PathLike)):
         source = ShivaArtifact.load(source)
     if not isinstance(source, ShivaArtifact):
-        if hasattr(source, "ratio") and hasattr(source, "scores"):
-            if budget is not None or ratio is not None:
-                raise ValueError("shiva_ext: ratio and budget belong to the selector itself here; give it another ratio")
-            return BaselineSource(source, dims["num_layers"])
-        if not (hasattr(source, "ratios") and hasattr(source, "scores")):
+        baseline = hasattr(source, "ratio")
+        if not hasattr(source, "scores") or not (baseline or hasattr(source, "ratios")):
             raise TypeError(
                 f"shiva_ext: source is a {type(source).__name__}, wanted an artefact's folder or hub id, a "
                 "ShivaArtifact, or a selector with ratios() and scores()"
             )
-        return source
-    config = source.router.config
+        if budget is not None or ratio is not None:
+            raise ValueError("shiva_ext: ratio and budget belong to the selector itself here; give it another ratio")
+        return BaselineSource(source, dims["num_layers"]) if baseline else source
+    config, table = source.router.config, source.table
     wrong = [f"{k} {getattr(config, k)} (model: {v})" for k, v in dims.items() if getattr(config, k) != v]
+    if source.model_class not in (cls.__name__ for cls in type(transformer).__mro__):
+        wrong.insert(0, f"class {source.model_class} (model: {type(transformer).__name__})")
+    if table.num_layers != config.num_layers:
+        wrong.append(f"ratios for {table.num_layers} layers (router: {config.num_layers})")
     if wrong:
-        raise ValueError(f"shiva_ext: the artefact was trained for another model: it has {', '.join(wrong)}")
+        raise ValueError(
+            f"shiva_ext: the artefact was trained for another model: it has {', '.join(wrong)}; enable it on that "
+            "model, or train one for this model"
+        )
     if ratio is not None and budget is not None:
-        raise ValueError("shiva_ext: got both ratio and budget; ratio fixes one share everywhere, budget keeps the schedule")
+        raise ValueError(
+            "shiva_ext: got both ratio and budget, wanted one: ratio fixes one share everywhere, budget keeps the "
+            "schedule"
+        )
     if ratio is not None:
         source = replace(source, table=RatioTable.fixed(ratio, dims["num_layers"], source.first_layer))
     if budget is not None:
@@ -116,7 +132,8 @@ def enable(
 
     Args:
         pipe_or_transformer: a diffusers pipeline, or its transformer. With a pipeline the noise levels and guidance are
-            taken from it, and a compiled transformer works without further calls.
+            taken from it, and a compiled transformer works without further calls. Where pipelines share a transformer,
+            enable the one that runs next.
         source: an artefact's folder or hub id, a :class:`ShivaArtifact`, or a selector from
             :mod:`shiva_ext.selection` such as ``RandomSelector(0.6)``.
         ratio: keep this share of the tokens in every layer and step instead of the learned schedule; 1 is dense.
@@ -151,8 +168,8 @@ def enable(
         handle._undo.append(lambda: hooks.detach(transformer))
         handle.num_hooked = hooks.attach(transformer, state)
         if pipe_or_transformer is not transformer and hasattr(pipe_or_transformer, "scheduler"):
-            watch = hooks.SchedulerWatch(pipe_or_transformer, state, batched_guidance)
-            handle._undo.append(watch.remove)
+            state.watch = SchedulerWatch(pipe_or_transformer, state, batched_guidance)
+            handle._undo.append(state.watch.remove)
     except BaseException:
         handle.disable()
         raise

@@ -2,6 +2,7 @@
 
 import json
 import os
+import shutil
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 
@@ -50,9 +51,11 @@ class ShivaArtifact:
         return self.router(layer, x, conditioning.timestep_embedding, conditioning.pooled_embedding)
 
     def save(self, folder: str | os.PathLike) -> Path:
-        """Write the artefact; files appear whole or not at all. The adapter folder, if any, is the caller's to fill."""
+        """Write the artefact with its adapter folder; config and weights appear whole or not at all."""
         folder = Path(folder)
         folder.mkdir(parents=True, exist_ok=True)
+        if self.adapter is not None and Path(self.adapter).resolve() != (folder / ADAPTER_NAME).resolve():
+            shutil.copytree(self.adapter, folder / ADAPTER_NAME, dirs_exist_ok=True)
         tensors = {f"router.{k}": v for k, v in self.router.state_dict().items()}
         tensors |= {f"table.{k}": v for k, v in self.table.to_tensors().items()}
         if self.policy is not None:
@@ -90,22 +93,32 @@ class ShivaArtifact:
         try:
             config = json.loads((folder / CONFIG_NAME).read_text())
             tensors = load_file(folder / WEIGHTS_NAME)
-        except (json.JSONDecodeError, SafetensorError) as error:
-            raise ValueError(f"shiva_ext: the artefact in {folder} is damaged ({error}); download or train it again") from error
-        if config.get("format") != 1:
+            number = config["format"]
+            if number == 1:
+                return cls._read(config, tensors, folder)
+        except (ValueError, LookupError, TypeError, AttributeError, RuntimeError, SafetensorError) as error:
             raise ValueError(
-                f"shiva_ext: {folder} has artefact format {config.get('format')!r}, this version reads 1; update shiva_ext"
-            )
+                f"shiva_ext: the artefact in {folder} is damaged ({type(error).__name__}: {error}); download or train "
+                "it again"
+            ) from error
+        raise ValueError(f"shiva_ext: {folder} has artefact format {number!r}, this version reads 1; update shiva_ext")
+
+    @classmethod
+    def _read(cls, config: dict, tensors: dict[str, Tensor], folder: Path) -> "ShivaArtifact":
+        """Build the artefact; what is missing or unfit in the files raises errors of many kinds."""
 
         def part(prefix: str) -> dict[str, Tensor]:
-            return {k[len(prefix) :]: v for k, v in tensors.items() if k.startswith(prefix)}
+            # Copies: a file's tensors lie as they come, and kernels round otherwise on memory that is not aligned.
+            return {k[len(prefix) :]: v.clone() for k, v in tensors.items() if k.startswith(prefix)}
 
-        router = ShivaRouter.from_config(RouterConfig(**config["router"]))
-        router.load_state_dict(part("router."))
         policy = None
-        if config["policy"] is not None:
-            policy = RatioPolicy.from_config(PolicyConfig(**config["policy"]))
-            policy.load_state_dict(part("policy."))
+        with torch.device("meta"):  # the weights come from the file: nothing is drawn, and their dtypes stay
+            router = ShivaRouter.from_config(RouterConfig(**config["router"]))
+            if config["policy"] is not None:
+                policy = RatioPolicy.from_config(PolicyConfig(**config["policy"]))
+        router.load_state_dict(part("router."), assign=True)
+        if policy is not None:
+            policy.load_state_dict(part("policy."), assign=True)
         return cls(
             config["model_class"],
             router.eval().requires_grad_(False),
@@ -118,13 +131,14 @@ class ShivaArtifact:
 
 def _download(repo_id: str) -> Path:
     from huggingface_hub import snapshot_download
-    from huggingface_hub.errors import HFValidationError, HfHubHTTPError, LocalEntryNotFoundError
+    from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
 
     try:
         return Path(snapshot_download(repo_id, allow_patterns=["*.json", "*.safetensors"]))
     except (HFValidationError, HfHubHTTPError, LocalEntryNotFoundError, OSError) as error:
         raise FileNotFoundError(
-            f"shiva_ext: {repo_id!r} is neither a folder here nor a repository on the hub that could be reached ({error})"
+            f"shiva_ext: {repo_id!r} is neither a folder here nor a repository on the hub that could be reached "
+            f"({error})"
         ) from error
 
 
@@ -143,3 +157,13 @@ class BaselineSource:
     def scores(self, layer: int, x: Tensor, sigma: float, conditioning: Conditioning) -> Tensor:
         with torch.no_grad():
             return self.selector.scores(layer, x, sigma)
+
+
+def load(source: str | os.PathLike) -> ShivaArtifact:
+    """Read an artefact from a folder or the hub; see :meth:`ShivaArtifact.load`."""
+    return ShivaArtifact.load(source)
+
+
+def save(artifact: ShivaArtifact, folder: str | os.PathLike) -> Path:
+    """Write an artefact as a folder; see :meth:`ShivaArtifact.save`."""
+    return artifact.save(folder)

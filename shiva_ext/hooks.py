@@ -1,8 +1,8 @@
 """Token selection around a model's own blocks, through diffusers' hook registry. No forward is rewritten."""
 
-import functools
 import math
-from collections.abc import Callable
+from contextlib import contextmanager
+from functools import partial
 from typing import Protocol
 
 import torch
@@ -33,42 +33,51 @@ class SelectionState:
         tile: token counts are rounded to multiples of it.
         batched_guidance: whether the batch is (unconditional, conditional), which then keep the same tokens.
         sigma: noise level of the coming call if a scheduler or :meth:`at` announced it, else None.
+        fixed: whether :meth:`at` fixed it, so that the call's own timesteps do not count.
+        watch: the pipeline's :class:`~shiva_ext.scheduler_watch.SchedulerWatch`, if there is one.
         active: False makes every hook a plain call of the model (the dense teacher's run).
+        captured: a dict to collect each hooked block's (input, output) tokens in while not active, else None.
         trainer: takes over a pruned block while training, see ``training/stages.py``.
-        records: per call while recording, ``{"timestep", "num_tokens", "kept": {layer: [B,k]}}``.
+        records: per call while recording, ``{"timestep", "kept": {layer: [B,k]}}``.
     """
 
     def __init__(self, selector: Selector, adapter: ModelAdapter, tile: int = 1, batched_guidance: bool = False):
         self.selector, self.adapter = selector, adapter
         self.tile, self.batched_guidance = tile, batched_guidance
         self.active, self.trainer = True, None
+        self.captured: dict[int, tuple[Tensor, Tensor]] | None = None
         self.sigma: float | None = None
+        self.fixed, self.watch = False, None
         self.recording, self.records = False, []
+        self.entry: dict | None = None
         self.quota: tuple[int, ...] = ()
         self.conditioning: Conditioning | None = None
         self.guided = False
 
-    def at(self, sigma: float) -> None:
+    def at(self, sigma: float, fixed: bool = False) -> None:
         """Announce the noise level of the coming calls, as a Python number that torch.compile can rely on."""
         if not 0 <= sigma <= 1:
             raise ValueError(f"shiva_ext: sigma is {sigma}, wanted a noise level in [0, 1] (timestep / 1000)")
-        self.sigma = float(sigma)
+        self.sigma, self.fixed = float(sigma), fixed
         self.quota = tuple(
             _DENSE if ratio >= 1 else math.floor(ratio * _DENSE) + 1 for ratio in self.selector.ratios(self.sigma)
         )
 
     def read_sigma(self, timestep: Tensor) -> None:
-        """Take the noise level from a call's timesteps [B], where nobody announced it."""
-        values = timestep.detach().flatten().float() / 1000
-        if values.numel() == 0:
+        """Take the noise level from a call's timesteps [B], unless they are those of the announced level."""
+        values = [t / 1000 for t in timestep.detach().flatten().tolist()]
+        if not values:
             raise ValueError("shiva_ext: timestep is empty, wanted one noise level per sample")
-        low, high = values.min().item(), values.max().item()
+        low, high = min(values), max(values)
         if high - low > 1e-4:
             raise ValueError(
-                f"shiva_ext: the samples of one call have noise levels from {low:.4f} to {high:.4f}, but they share one "
-                "token count per layer; call the model once per level, or fix it with handle.at(sigma)"
+                f"shiva_ext: the samples of one call have noise levels from {low:.4f} to {high:.4f}, but they share "
+                "one token count per layer; call the model once per level, or fix it with handle.at(sigma)"
             )
-        self.at(min(max(low, 0.0), 1.0))
+        level = min(max(low, 0.0), 1.0)
+        rounding = torch.finfo(timestep.dtype).eps if timestep.is_floating_point() else 0
+        if self.sigma is None or abs(level - self.sigma) > rounding * level:
+            self.at(level)
 
     def tokens(self, layer: int, N: int) -> int:
         """How many of N tokens a layer keeps: floor(N * ratio), to the nearest multiple of the tile, never 0."""
@@ -89,16 +98,40 @@ class SelectionState:
             # Shiva-DiT (arXiv 2602.05605), eq. 32: both halves keep what either of them needs most.
             if x.shape[0] % 2:
                 raise ValueError(
-                    f"shiva_ext: batched guidance is on, but the batch has {x.shape[0]} samples, wanted an even number; "
-                    "enable with batched_guidance=False for a model called without guidance"
+                    f"shiva_ext: batched guidance is on, but the batch has {x.shape[0]} samples, wanted an even "
+                    "number; enable with batched_guidance=False for a model called without guidance"
                 )
             unified = torch.maximum(*scores.chunk(2))
             kept = ops.topk_select(unified.detach(), k)[0].repeat(2, 1)
         else:
             kept = ops.topk_select(scores.detach(), k)[0]
-        if self.recording:
-            self.records[-1]["kept"][layer] = kept.detach().cpu()
+        if self.entry is not None:
+            self.entry["kept"][layer] = kept.detach().cpu()
         return kept
+
+    def resume(self, call: dict, block, *args):
+        """Run a block with the attributes that belong to an earlier call of the transformer."""
+        now = {name: getattr(self, name) for name in call}
+        vars(self).update(call)
+        try:
+            return block(*args)
+        finally:
+            vars(self).update(now)
+
+    @contextmanager
+    def kept_for_checkpoints(self, module: nn.Module):
+        """Gradient checkpointing runs blocks again in the backward pass; let them find this call's attributes there."""
+        checkpoint = vars(module).get("_gradient_checkpointing_func")
+        if checkpoint is None or not torch.is_grad_enabled():
+            yield
+            return
+        names = ("sigma", "quota", "conditioning", "guided", "trainer", "entry")
+        call = {name: getattr(self, name) for name in names}
+        module._gradient_checkpointing_func = lambda block, *args: checkpoint(partial(self.resume, call, block), *args)
+        try:
+            yield
+        finally:
+            module._gradient_checkpointing_func = checkpoint
 
 
 class TransformerHook(ModelHook):
@@ -112,26 +145,39 @@ class TransformerHook(ModelHook):
         state, forward = self.state, self.fn_ref.original_forward
         if not state.active:
             return forward(*args, **kwargs)
+        compiling = torch.compiler.is_compiling()
+        if state.watch is not None and not compiling:
+            state.watch.refresh()
         arguments = state.adapter.bind(forward, args, kwargs)
         state.conditioning = state.adapter.conditioning(module, arguments)
         state.guided = state.adapter.batched_guidance(arguments, state.batched_guidance)
-        announced = state.sigma is not None
-        if not announced:
-            if torch.compiler.is_compiling():
+        try:
+            if not compiling:
+                return self._run(module, *args, **kwargs)
+            if state.sigma is None and state.trainer is None:
                 raise RuntimeError(
                     "shiva_ext: a compiled transformer needs its noise level as a Python number; enable on the "
                     "pipeline, or call handle.at(sigma) before each step"
                 )
-            state.read_sigma(state.conditioning.timestep)
-        if state.recording:
-            state.records.append({"timestep": state.sigma * 1000, "kept": {}})
-        try:
             return forward(*args, **kwargs)
         finally:
-            if not announced:
-                state.sigma = None
-            if not torch.is_grad_enabled():  # with gradients, checkpointed blocks run again in the backward
-                state.conditioning = None
+            state.conditioning = None
+
+    def _run(self, module: nn.Module, *args, **kwargs):
+        """Eager code can look at the call itself: its timesteps count, whatever was announced for another call."""
+        state = self.state
+        announced = state.sigma, state.quota
+        if state.trainer is None and not state.fixed:
+            state.read_sigma(state.conditioning.timestep)
+        if state.recording:
+            state.entry = {"timestep": state.sigma * 1000, "kept": {}}
+            state.records.append(state.entry)
+        try:
+            with state.kept_for_checkpoints(module):
+                return self.fn_ref.original_forward(*args, **kwargs)
+        finally:
+            state.sigma, state.quota = announced
+            state.entry = None
 
 
 class BlockHook(ModelHook):
@@ -143,11 +189,14 @@ class BlockHook(ModelHook):
 
     def new_forward(self, module: nn.Module, *args, **kwargs):
         state, forward = self.state, self.fn_ref.original_forward
-        if not state.active:
-            return forward(*args, **kwargs)
         name = state.adapter.image_argument
         positional = name not in kwargs
         x = args[0] if positional else kwargs[name]
+        if not state.active:
+            output = forward(*args, **kwargs)
+            if state.captured is not None:
+                state.captured[self.layer] = (x, state.adapter.image_tokens(output))
+            return output
 
         def run(tokens: Tensor):
             return forward(tokens, *args[1:], **kwargs) if positional else forward(*args, **{**kwargs, name: tokens})
@@ -192,50 +241,3 @@ def detach(transformer: nn.Module) -> None:
             # remove_hook leaves the bound forward as an attribute; the class's own is the same function.
             if "forward" in vars(module) and getattr(module.forward, "__func__", None) is type(module).forward:
                 del module.forward
-
-
-class SchedulerWatch:
-    """Announces each step's noise level from a pipeline's scheduler, before the transformer is called.
-
-    The level must be a Python number before a compiled transformer runs, so it cannot be read from the timestep tensor.
-    """
-
-    METHODS = ("set_timesteps", "set_begin_index", "step")
-
-    def __init__(self, pipeline, state: SelectionState, batched_guidance: bool | None = None):
-        self.pipeline, self.state, self.scheduler = pipeline, state, pipeline.scheduler
-        self.batched_guidance = batched_guidance
-        self.levels: list[float] = []
-        for name in self.METHODS:
-            if hasattr(self.scheduler, name):
-                setattr(self.scheduler, name, self._wrapped(name))
-
-    def _wrapped(self, name: str) -> Callable:
-        original = getattr(self.scheduler, name)
-
-        @functools.wraps(original)
-        def call(*args, **kwargs):
-            result = original(*args, **kwargs)
-            self._announce(reread=name == "set_timesteps")
-            return result
-
-        return call
-
-    def _announce(self, reread: bool) -> None:
-        scheduler = self.scheduler
-        if reread:
-            self.levels = [min(max(t / 1000, 0.0), 1.0) for t in scheduler.timesteps.tolist()]
-            if self.batched_guidance is None:
-                self.state.batched_guidance = bool(getattr(self.pipeline, "do_classifier_free_guidance", False))
-        index = getattr(scheduler, "step_index", None)
-        if index is None:
-            index = getattr(scheduler, "begin_index", None) or 0
-        if index < len(self.levels):
-            self.state.at(self.levels[index])
-        else:
-            self.state.sigma = None  # the last step is done
-
-    def remove(self) -> None:
-        for name in self.METHODS:
-            if name in vars(self.scheduler):
-                delattr(self.scheduler, name)

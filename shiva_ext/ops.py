@@ -14,6 +14,13 @@ from torch import Tensor
 from . import _registrations  # noqa: F401  (fakes, autograd, autocast)
 
 _ops = torch.ops.shiva
+_FLOATS = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
+
+
+def _has_values(tensor: Tensor) -> bool:
+    """Whether looking at values costs no synchronisation and breaks no trace: a plain CPU tensor."""
+    plain = type(tensor) in (Tensor, torch.nn.Parameter) and tensor.device.type == "cpu" and tensor.dtype in _FLOATS
+    return plain and not torch.compiler.is_compiling()
 
 
 def topk_select(scores: Tensor, k: int) -> tuple[Tensor, Tensor]:
@@ -46,15 +53,14 @@ def soft_rank(scores: Tensor, tau: float) -> Tensor:
     Raises:
         ValueError: tau is not a positive finite number, or (on the CPU, outside tracing) a score is NaN or infinite.
     """
-    if not (tau > 0 and math.isfinite(tau)):
+    if not 0 < tau < math.inf:
         raise ValueError(f"soft_rank: tau is {tau}, wanted a positive finite temperature")
-    if scores.device.type == "cpu" and not torch.compiler.is_compiling() and type(scores) in (Tensor, torch.nn.Parameter):
-        if scores.is_floating_point() and not torch.isfinite(scores).all():
-            count = int((~torch.isfinite(scores)).sum())
-            raise ValueError(
-                f"soft_rank: scores holds {count} NaN or infinite values of {scores.numel()}, wanted finite scores; "
-                "look at the router's inputs (torch.ops.shiva.soft_rank does not check)"
-            )
+    if _has_values(scores) and not torch.isfinite(scores).all():
+        count = int((~torch.isfinite(scores)).sum())
+        raise ValueError(
+            f"soft_rank: scores holds {count} NaN or infinite values of {scores.numel()}, wanted finite scores; "
+            "look at the router's inputs (torch.ops.shiva.soft_rank does not check)"
+        )
     return _ops.soft_rank(scores, tau)
 
 
@@ -69,17 +75,20 @@ def token_scatter(base: Tensor, index: Tensor, src: Tensor) -> Tensor:
 
 
 def token_scatter_(base: Tensor, index: Tensor, src: Tensor) -> Tensor:
-    """:func:`token_scatter` in place, for inference; channels of ``base`` must be adjacent. Returns ``base``.
+    """:func:`token_scatter` in place, for inference. Returns ``base``; a view is written through.
 
     Raises:
-        RuntimeError: gradients are on and an argument requires one; use :func:`token_scatter`.
+        RuntimeError: gradients are on and an argument requires one (use :func:`token_scatter`), or rows of base share
+            memory.
     """
     if torch.is_grad_enabled() and (base.requires_grad or src.requires_grad):
         raise RuntimeError(
-            "shiva::token_scatter_: an argument requires a gradient, but the in-place form has none; use token_scatter, "
-            "or call it under torch.no_grad()"
+            "shiva::token_scatter_: an argument requires a gradient, but the in-place form has none; "
+            "use token_scatter, or call it under torch.no_grad()"
         )
     _ops.token_scatter_(base, index, src)
+    if not torch.compiler.is_compiling() and not base.is_inference():
+        torch.autograd.graph.increment_version(base)  # the stable ABI does not do it
     return base
 
 

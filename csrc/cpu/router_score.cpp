@@ -1,6 +1,7 @@
 #include <algorithm>
 #include <memory>
 
+#include "cpu/gemm_kernels.h"
 #include "cpu/launch.h"
 #include "cpu/router_score_kernel.h"
 
@@ -55,13 +56,46 @@ Router check(
   return r;
 }
 
-// x [B, N, D] times w_in [H, D] transposed -> [B N, H], contiguous. torch's GEMM: it knows every machine's matrix unit.
+// The three products below. In bfloat16 and float16 torch's GEMM knows every machine's matrix unit; in float32 and
+// float64 its sums depend on the number of threads, so those are our own, with work split where no sum is.
+constexpr int64_t kGemmRows = 64, kGemmColumns = 64;
+
+bool own_gemm(const Router& r) { return r.dtype == Dtype::Float32 || r.dtype == Dtype::Float64; }
+
+// a [M, L] times b [L, N] -> [M, N], both contiguous
+Tensor multiply(const Router& r, const Tensor& a, const Tensor& b) {
+  if (!own_gemm(r)) return torch::stable::contiguous(torch::stable::matmul(a, b));
+  const int64_t M = a.size(0), L = a.size(1), N = b.size(1);
+  Tensor out = torch::stable::new_empty(a, {M, N});
+  parallel(ceil_div(M, kGemmRows), kGemmRows * L * N, [&](int64_t begin, int64_t end) {
+    SHIVA_CALL_KERNEL(
+        matmul_rows, r.dtype, a.data_ptr(), b.data_ptr(), begin * kGemmRows, std::min(end * kGemmRows, M), L, N,
+        out.data_ptr());
+  });
+  return out;
+}
+
+// a [L, M] transposed times b [L, N] -> [M, N], both contiguous
+Tensor multiply_transposed(const Router& r, const Tensor& a, const Tensor& b) {
+  if (!own_gemm(r)) return torch::stable::matmul(torch::stable::transpose(a, 0, 1), b);
+  const int64_t L = a.size(0), M = a.size(1), N = b.size(1);
+  Tensor out = torch::stable::new_empty(a, {M, N});
+  parallel(ceil_div(N, kGemmColumns), kGemmColumns * L * M, [&](int64_t begin, int64_t end) {
+    SHIVA_CALL_KERNEL(
+        matmul_transposed_columns, r.dtype, a.data_ptr(), b.data_ptr(), begin * kGemmColumns,
+        std::min(end * kGemmColumns, N), L, M, N, out.data_ptr());
+  });
+  return out;
+}
+
+// x [B N, D] times w_in [H, D] transposed -> [B N, H], contiguous
 Tensor project(const Router& r, const Tensor& flat_x, const Tensor& w_in) {
-  return torch::stable::contiguous(torch::stable::matmul(flat_x, torch::stable::transpose(w_in, 0, 1)));
+  const Tensor transposed = torch::stable::transpose(w_in, 0, 1);
+  return multiply(r, flat_x, own_gemm(r) ? torch::stable::contiguous(transposed) : transposed);
 }
 
 Tensor flatten_tokens(const Router& r, const Tensor& x) {
-  return torch::stable::reshape(x, {r.B * r.N, r.D});
+  return torch::stable::reshape(torch::stable::contiguous(x), {r.B * r.N, r.D});
 }
 
 // -> [B, N], float32 (float64 for float64)
@@ -145,8 +179,9 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> router_score_backward
   });
   const auto sum = acc == ScalarType::Double ? finish<double> : finish<float>;
   sum(r, dense_grad, context_sums, normal_sums, chunks, grad_context, grad_ln_weight, grad_ln_bias, grad_w_out);
-  const Tensor grad_x = torch::stable::reshape(torch::stable::matmul(hidden, w_in), {r.B, r.N, r.D});
-  const Tensor grad_w_in = torch::stable::matmul(torch::stable::transpose(hidden, 0, 1), flat_x);
+  const Tensor grad_x =
+      torch::stable::reshape(multiply(r, hidden, torch::stable::contiguous(w_in)), {r.B, r.N, r.D});
+  const Tensor grad_w_in = multiply_transposed(r, hidden, flat_x);
   const auto cast = [](const Tensor& t, const Tensor& like) { return torch::stable::to(t, like.scalar_type()); };
   return {
       grad_x, cast(grad_context, context), grad_w_in, cast(grad_ln_weight, ln_weight), cast(grad_ln_bias, ln_bias),

@@ -45,6 +45,9 @@ void check(const char* op, const Tensor& scores, double tau) {
   floating_dtype(op, "scores", scores);
   SHIVA_CHECK(tau > 0 && std::isfinite(tau), op, "tau must be a positive finite number, got ", tau);
   SHIVA_CHECK(
+      scores.scalar_type() == ScalarType::Double || tau >= std::numeric_limits<float>::min(), op, "tau is ", tau,
+      ", below the range of float32, in which the ranks of these scores are computed; use float64 scores");
+  SHIVA_CHECK(
       scores.size(1) < std::numeric_limits<int32_t>::max(), op, "scores has ", scores.size(1),
       " tokens a row; at most 2^31 - 2 are supported");
 }

@@ -32,11 +32,15 @@ Tensor token_scatter(const Tensor& base, const Tensor& index, const Tensor& src)
 }
 
 void token_scatter_(Tensor base, const Tensor& index, const Tensor& src) {
-  const Tensor kept = check_scatter("token_scatter_", base, index, src);
-  SHIVA_CHECK(
-      base.size(2) <= 1 || base.stride(2) == 1, "token_scatter_", "base must have adjacent channels (stride(2) == 1), got stride ",
-      base.stride(2), "; call it on base.contiguous()");
-  write_rows(rows_of(base), kept, src, base.size(2) * static_cast<int64_t>(base.element_size()));
+  constexpr char op[] = "token_scatter_";
+  const Tensor kept = check_scatter(op, base, index, src);
+  for (int64_t d = 0; d < 3; ++d)
+    SHIVA_CHECK(
+        base.size(d) <= 1 || base.stride(d) != 0, op, "base is expanded, its rows share memory; call it on base.clone()");
+  const int64_t row_bytes = base.size(2) * static_cast<int64_t>(base.element_size());
+  const Tensor dense = with_dense_channels(base);
+  write_rows(rows_of(dense), kept, src, row_bytes);
+  if (dense.data_ptr() != base.data_ptr()) torch::stable::copy_(base, dense);
 }
 
 // -> grad with the rows index set to zero [B, N, D], grad gathered at index [B, k, D]

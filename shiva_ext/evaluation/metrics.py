@@ -6,7 +6,9 @@ from typing import NamedTuple
 
 import torch
 
-# Fashion-MNIST's background is exactly -1. A flow-matching sampler leaves noise on it; 0.1 is 12.75 of 255 grey levels.
+# Fashion-MNIST's background is exactly -1, but a sampler leaves noise on it: in the padding frame of 60 generated
+# images 99 % of the pixels were within 0.06 of -1. At 0.1 (13 of 255 grey levels) 0.3 % of the frame's tokens pass for
+# foreground (44 % at half a grey level), and real images keep 90 % of the tokens that hold any pixel above -1.
 FOREGROUND_MARGIN = 0.1
 
 

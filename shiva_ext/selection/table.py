@@ -91,7 +91,11 @@ class RatioTable:
         """
         if not 0 <= sigma <= 1:
             raise ValueError(f"RatioTable: sigma is {sigma}, wanted a noise level in [0, 1]: timestep / 1000")
-        return self._rows[min(range(len(self.sigmas)), key=lambda row: abs(self.sigmas[row] - sigma))]
+        nearest = 0
+        for row, level in enumerate(self.sigmas):  # a loop, because torch.compile cannot trace min(..., key=...)
+            if abs(level - sigma) < abs(self.sigmas[nearest] - sigma):
+                nearest = row
+        return self._rows[nearest]
 
     def tokens(self, sigma: float, num_tokens: int, tile: int = 1) -> tuple[int, ...]:
         """The number of tokens that each layer processes at noise level ``sigma``, as L Python ints.

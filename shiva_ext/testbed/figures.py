@@ -37,8 +37,8 @@ def draw_report(lines: list[dict], samples: list[torch.Tensor], file: str | os.P
         samples: for each row images float [10, 1, 32, 32].
         file: PNG to write.
     """
-    figure = Figure(figsize=(13, 0.75 * len(lines) + 1.2), layout="constrained")
-    scatter, strips = figure.subplots(1, 2, width_ratios=(1, 1.1))
+    figure = Figure(figsize=(15, 0.62 * len(lines) + 2), layout="constrained")
+    scatter, strips = figure.subplots(1, 2, width_ratios=(1, 1.25))
     for line in lines:
         colour = COLOURS.get(line["group"], COLOURS["other"])
         scatter.errorbar(line["speed_up"], line["fid"], line["fid_sd"] or 0, fmt="o", color=colour, capsize=3)
@@ -48,9 +48,12 @@ def draw_report(lines: list[dict], samples: list[torch.Tensor], file: str | os.P
     scatter.set_xlabel("speed-up over dense (measured)")
     scatter.set_ylabel("classifier-FID (lower is better)")
     scatter.set_yscale("log")
-    scatter.margins(x=0.3, y=0.15)
+    scatter.yaxis.set_major_formatter("{x:g}")
+    scatter.yaxis.set_minor_formatter("{x:g}")
+    scatter.margins(x=0.35, y=0.15)
     scatter.grid(alpha=0.3, which="both")
-    strips.imshow(np.concatenate([to_sheet(images) for images in samples]), cmap="gray", vmin=0, vmax=255)
+    sheet = np.concatenate([to_sheet(images) for images in samples])
+    strips.imshow(sheet, cmap="gray", vmin=0, vmax=255, aspect="auto")
     edge = samples[0].shape[-1]
     strips.set_yticks([edge * (row + 0.5) for row in range(len(lines))], [line["name"] for line in lines])
     strips.set_xticks([edge * (column + 0.5) for column in range(len(CLASSES))], CLASSES, rotation=45, ha="right")

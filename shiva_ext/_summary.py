@@ -65,18 +65,21 @@ def summary(
 
     Raises:
         RuntimeError: the model is not enabled.
+        ValueError: there are no steps, or a noise level is outside [0, 1].
     """
     handle = get_handle(pipe_or_transformer)
     state, config = handle.state, handle.transformer.config
     if num_tokens is None:
         num_tokens = (config.sample_size // config.patch_size) ** 2
     sigmas = [1 - i / steps for i in range(steps)] if isinstance(steps, int) else list(steps)
-    before = (state.sigma, state.quota)
+    if not sigmas:
+        raise ValueError(f"shiva_ext: steps is {steps!r}, wanted at least one noise level")
+    before = (state.sigma, state.quota, state.fixed)
     kept = []
     for sigma in sigmas:
         state.at(sigma)
         kept.append(tuple(state.tokens(layer, num_tokens) for layer in range(len(state.quota))))
-    state.sigma, state.quota = before
+    state.sigma, state.quota, state.fixed = before
     router = getattr(state.selector, "router", None)
     width = 0 if router is None else router.config.hidden
 

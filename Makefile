@@ -1,0 +1,51 @@
+# Two commands do everything: `make demo` and `make test`. Both first make .venv with all that is needed.
+PYTHON ?= python3
+# A CPU build serves the demo and the tests; any torch >= 2.10 works, e.g. TORCH="torch==2.14.1".
+TORCH ?= torch==2.13.0
+VENV := .venv
+BIN := $(VENV)/bin
+READY := $(VENV)/.ready
+SOURCES := $(shell find csrc cmake -type f) CMakeLists.txt pyproject.toml
+
+.PHONY: demo test build lint format clean
+.DEFAULT_GOAL := build
+
+demo: build
+	@echo "== generating dense and pruned images =="
+	$(BIN)/shiva demo
+
+test: build
+	@echo "== running the tests =="
+	$(BIN)/python -m pytest python_tests
+
+build: $(READY)
+
+$(VENV)/.deps: pyproject.toml
+	@echo "== setting up $(VENV) (the first time takes a few minutes) =="
+	$(PYTHON) -m venv $(VENV) || (echo "python3 -m venv failed; on Debian: apt-get install python3-venv" && false)
+	$(BIN)/python -m pip install --quiet --upgrade pip
+	@echo "== installing $(TORCH) =="
+	$(BIN)/python -m pip install --quiet "$(TORCH)"
+	@echo "== installing the build tools =="
+	$(BIN)/python -m pip install --quiet "scikit-build-core>=0.10" "pybind11>=2.13" cmake ninja numpy
+	@touch $@
+
+$(READY): $(VENV)/.deps $(SOURCES)
+	@echo "== compiling and installing shiva_ext =="
+	$(BIN)/python -m pip install --quiet --no-build-isolation --editable ".[test]"
+	@touch $@
+
+lint: build
+	$(BIN)/python -m pip install --quiet "ruff==0.17.6" "clang-format==23.1.5"
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/clang-format --dry-run --Werror $$(git ls-files 'csrc/*.h' 'csrc/*.cpp' 'csrc/*.cu' 'csrc/*.cuh')
+
+format: build
+	$(BIN)/python -m pip install --quiet "ruff==0.17.6" "clang-format==23.1.5"
+	$(BIN)/ruff check --fix .
+	$(BIN)/ruff format .
+	$(BIN)/clang-format -i $$(git ls-files 'csrc/*.h' 'csrc/*.cpp' 'csrc/*.cu' 'csrc/*.cuh')
+
+clean:
+	rm -rf $(VENV) build dist shiva_ext/_C*.so

@@ -1,0 +1,81 @@
+"""summary() against what a run really keeps, and against the FLOPs counted from the settings."""
+
+import pytest
+import torch
+
+import shiva_ext
+from shiva_ext.evaluation.flops import sd3_forward_flops
+from shiva_ext.selection import LargestNormSelector
+
+from .tiny import LAYERS, TEXT, N, make_artifact, make_model, pipeline_inputs, varying_table
+
+
+def test_the_counts_are_those_of_a_run(pipe):
+    handle = shiva_ext.enable(pipe, make_artifact(varying_table())).record()
+    pipe(**pipeline_inputs(steps=5))
+    sigmas = [t / 1000 for t in pipe.scheduler.timesteps.tolist()]
+    summary = shiva_ext.summary(pipe, steps=sigmas)
+    assert summary.sigmas == tuple(sigmas) and summary.num_tokens == N and summary.hooked == LAYERS - 1
+    for row, record in zip(summary.kept, handle.records, strict=True):
+        assert list(row) == [record["kept"][k].shape[1] if k in record["kept"] else N for k in range(LAYERS)]
+
+
+def test_the_mean_ratio_counts_the_pruned_layers_alone(model):
+    table = varying_table()
+    shiva_ext.enable(model, make_artifact(table))
+    summary = shiva_ext.summary(model, steps=table.sigmas)
+    cells = [k for sigma in table.sigmas for k in table.tokens(sigma, N)[1:]]
+    assert summary.mean_ratio == pytest.approx(sum(cells) / len(cells) / N)
+    assert summary.mean_ratio == pytest.approx(table.mean())
+
+
+def test_the_flops_are_those_of_the_settings(model):
+    table, source = varying_table(), make_artifact(varying_table())
+    shiva_ext.enable(model, source)
+    summary = shiva_ext.summary(model, steps=[0.1, 0.9], text_tokens=TEXT)
+    assert summary.dense_flops == sd3_forward_flops(model, TEXT, N)
+    for sigma, flops in zip((0.1, 0.9), summary.flops, strict=True):
+        kept = {layer: k for layer, k in enumerate(table.tokens(sigma, N)) if k < N}
+        assert flops == sd3_forward_flops(model, TEXT, N, kept, source.router.config.hidden)
+    assert summary.flop_speedup == pytest.approx(summary.dense_flops * 2 / sum(summary.flops))
+
+
+def test_a_dense_schedule_costs_exactly_the_dense_model(model, artifact):
+    shiva_ext.enable(model, artifact, ratio=1.0)
+    summary = shiva_ext.summary(model)
+    assert summary.mean_ratio == summary.flop_speedup == 1.0
+    assert len(summary.sigmas) == 8 and summary.sigmas[0] == 1.0 and summary.sigmas[-1] > 0
+
+
+def test_a_baseline_has_no_router_to_pay_for(model):
+    shiva_ext.enable(model, LargestNormSelector(0.5))
+    summary = shiva_ext.summary(model, num_tokens=64, steps=1, text_tokens=TEXT)
+    assert summary.kept == ((64, 32, 32, 32),)
+    assert summary.flops == (sd3_forward_flops(model, TEXT, 64, {1: 32, 2: 32, 3: 32}),)
+
+
+def test_it_prints_a_row_for_each_step(model):
+    shiva_ext.enable(model, make_artifact(varying_table()), tile=4)
+    text = str(shiva_ext.summary(model, steps=[0.9, 0.1]))
+    assert text.splitlines()[0].startswith("shiva_ext: 3 of 4 blocks hooked, 16 image tokens, mean ratio 0.")
+    assert [line.split()[0] for line in text.splitlines()[1:]] == ["sigma", "0.900", "0.100"]
+    assert all(int(k) % 4 == 0 for line in text.splitlines()[2:] for k in line.split()[1:])
+
+
+def test_it_leaves_a_fixed_noise_level_alone(model):
+    handle = shiva_ext.enable(model, make_artifact(varying_table())).at(0.3)
+    before = (handle.state.sigma, handle.state.quota, handle.state.fixed)
+    shiva_ext.summary(model)
+    assert (handle.state.sigma, handle.state.quota, handle.state.fixed) == before
+
+
+def test_what_it_needs_is_said_clearly(artifact):
+    model = make_model()
+    with pytest.raises(RuntimeError, match="call shiva_ext.enable"):
+        shiva_ext.summary(model)
+    shiva_ext.enable(model, artifact)
+    for steps in (0, []):
+        with pytest.raises(ValueError, match="wanted at least one noise level"):
+            shiva_ext.summary(model, steps=steps)
+    with pytest.raises(ValueError, match="noise level in \\[0, 1\\]"):
+        shiva_ext.summary(model, steps=[torch.tensor(500.0).item()])

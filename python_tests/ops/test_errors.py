@@ -1,0 +1,206 @@
+"""Each bad argument gets an error that names the op and the argument, through the wrappers and through the raw ops."""
+
+import math
+import re
+
+import pytest
+import torch
+
+from shiva_ext import ops
+
+from .cases import OPS, TYPICAL, Maker
+
+TENSORS = {
+    "topk_select": ("scores",),
+    "soft_rank": ("scores",),
+    "token_gather": ("x", "index"),
+    "token_scatter": ("base", "index", "src"),
+    "token_scatter_": ("base", "index", "src"),
+    "residual_gate": ("x", "inclusion", "kept"),
+    "counterfactual_scatter": ("base", "kept", "src", "inclusion", "update"),
+    "router_score": ("x", "context", "w_in", "ln_weight", "ln_bias", "w_out"),
+    "gather_modulate": ("x", "index", "shift", "scale"),
+    "scatter_residual": ("base", "index", "update", "gate"),
+}
+INDICES = ("index", "kept")
+ARGUMENTS = [(op, name) for op, names in TENSORS.items() for name in names]
+FLOATING = [(op, name) for op, name in ARGUMENTS if name not in INDICES]
+INDEXES = [(op, name) for op, name in ARGUMENTS if name in INDICES]
+
+# op, argument, dimension: one element less there contradicts the other arguments.
+MISMATCHES = [
+    ("token_gather", "index", 0),
+    *[(op, "index", d) for op in ("token_scatter", "token_scatter_", "scatter_residual") for d in (0, 1)],
+    *[(op, "src", d) for op in ("token_scatter", "token_scatter_", "counterfactual_scatter") for d in (0, 1, 2)],
+    *[("residual_gate", "inclusion", d) for d in (0, 1)],
+    ("residual_gate", "kept", 0),
+    *[("counterfactual_scatter", "kept", d) for d in (0, 1)],
+    *[("counterfactual_scatter", "inclusion", d) for d in (0, 1)],
+    *[("counterfactual_scatter", "update", d) for d in (0, 1, 2)],
+    *[("router_score", name, d) for name in ("context", "w_in") for d in (0, 1)],
+    *[("router_score", name, 0) for name in ("ln_weight", "ln_bias", "w_out")],
+    ("gather_modulate", "index", 0),
+    *[("gather_modulate", name, d) for name in ("shift", "scale") for d in (0, 1)],
+    *[("scatter_residual", "update", d) for d in (0, 1, 2)],
+    *[("scatter_residual", "gate", d) for d in (0, 1)],
+]
+# op, argument: it must have the dtype of the op's first tensor. (The router's small vectors may be float32 instead.)
+SAME_DTYPE = [
+    ("token_scatter", "src"),
+    ("token_scatter_", "src"),
+    ("counterfactual_scatter", "src"),
+    ("counterfactual_scatter", "update"),
+    ("router_score", "w_in"),
+    ("gather_modulate", "shift"),
+    ("gather_modulate", "scale"),
+    ("scatter_residual", "update"),
+    ("scatter_residual", "gate"),
+]
+
+
+def arguments_of(op: str, dtype: torch.dtype = torch.float32) -> dict:
+    return OPS[op.rstrip("_")].arguments(Maker(TYPICAL, dtype))
+
+
+def assert_refused(api: str, op: str, arguments: dict, names: tuple[str, ...], *hints: str) -> None:
+    """The call raises, and its message names the op, one of the arguments, and every hint."""
+    function = getattr(ops if api == "wrapper" else torch.ops.shiva, op)
+    with pytest.raises((RuntimeError, ValueError)) as caught:
+        function(*arguments.values())
+    message = str(caught.value).splitlines()[0]
+    assert re.search(rf"\b{op}: ", message), message
+    assert any(re.search(rf"\b{name}\b", message) for name in names), message
+    for hint in hints:
+        assert re.search(hint, message), f"no {hint!r} in: {message}"
+
+
+both = pytest.mark.parametrize("api", ["wrapper", "raw"])
+
+
+@both
+@pytest.mark.parametrize(("op", "name"), ARGUMENTS)
+def test_a_wrong_rank_is_refused(op, name, api):
+    for change in (lambda t: t.unsqueeze(0).unsqueeze(0), lambda t: t.flatten()[0]):
+        arguments = arguments_of(op)
+        arguments[name] = change(arguments[name])
+        assert_refused(api, op, arguments, (name,), re.escape(str(list(arguments[name].shape))))
+
+
+@both
+@pytest.mark.parametrize("k", [-1, TYPICAL.N + 1])
+def test_a_k_outside_0_to_N_is_refused(k, api):
+    arguments = arguments_of("topk_select") | {"k": k}
+    assert_refused(api, "topk_select", arguments, ("k",), str(k), str(TYPICAL.N))
+
+
+@both
+@pytest.mark.parametrize(("op", "name", "dim"), MISMATCHES)
+def test_mismatched_shapes_are_refused(op, name, dim, api):
+    arguments = arguments_of(op)
+    size = arguments[name].shape[dim]
+    arguments[name] = arguments[name].narrow(dim, 0, size - 1).contiguous()
+    tensors = tuple(n for n, a in arguments.items() if torch.is_tensor(a))
+    assert_refused(api, op, arguments, tensors, rf"\b{size - 1}\b", rf"\b{size}\b")
+
+
+@both
+@pytest.mark.parametrize("dtype", [torch.float32, torch.int16, torch.uint8, torch.bool], ids=str)
+@pytest.mark.parametrize(("op", "name"), INDEXES)
+def test_an_index_of_another_dtype_is_refused(op, name, dtype, api):
+    arguments = arguments_of(op)
+    arguments[name] = arguments[name].to(dtype)
+    assert_refused(api, op, arguments, (name,), "int64")
+
+
+@both
+@pytest.mark.parametrize("index_dtype", [torch.int64, torch.int32], ids=str)
+@pytest.mark.parametrize("bad", [-1, TYPICAL.N, 2**31 - 1])
+@pytest.mark.parametrize(("op", "name"), INDEXES)
+def test_an_index_out_of_range_is_refused(op, name, bad, index_dtype, api):
+    arguments = arguments_of(op)
+    arguments[name] = arguments[name].to(index_dtype)
+    arguments[name][-1, -1] = bad
+    assert_refused(api, op, arguments, (name,), str(bad), str(TYPICAL.N))
+
+
+@pytest.mark.parametrize(
+    "call",
+    [
+        lambda index: torch.ops.shiva.token_gather_backward(torch.ones(1, 2, 3), index, 5, False),
+        lambda index: torch.ops.shiva.token_scatter_backward(torch.ones(1, 5, 3), index),
+        lambda index: torch.ops.shiva.scatter_residual_backward(
+            torch.ones(1, 5, 3), index, torch.ones(1, 2, 3), torch.ones(1, 3)
+        ),
+        lambda index: torch.ops.shiva.residual_gate_backward(
+            torch.ones(1, 2, 3), torch.ones(1, 5, 3), torch.ones(1, 5, 3), index
+        ),
+        lambda index: torch.ops.shiva.counterfactual_scatter_backward(
+            torch.ones(1, 5, 3), torch.ones(1, 5, 3), index, torch.ones(1, 2, 3), torch.ones(1, 5, 3), 0.5
+        ),
+        lambda index: torch.ops.shiva.gather_modulate_backward(
+            torch.ones(1, 2, 3), torch.ones(1, 5, 3), index, torch.ones(1, 3), 1e-6
+        ),
+    ],
+)
+@pytest.mark.parametrize("bad", [-1, 5])
+def test_the_backward_ops_refuse_an_index_out_of_range(call, bad):
+    with pytest.raises((RuntimeError, ValueError), match=rf"_backward.*(index|kept).*{bad}"):
+        call(torch.tensor([[0, bad]]))
+
+
+@both
+@pytest.mark.parametrize("dtype", [torch.int64, torch.complex64, torch.float8_e4m3fn, torch.bool], ids=str)
+@pytest.mark.parametrize(("op", "name"), FLOATING)
+def test_an_unsupported_dtype_is_refused(op, name, dtype, api):
+    arguments = arguments_of(op)
+    arguments[name] = arguments[name].nan_to_num(0, 0, 0).to(dtype)
+    assert_refused(api, op, arguments, (name,), r"float")
+
+
+@both
+@pytest.mark.parametrize(("op", "name"), SAME_DTYPE)
+def test_mixed_dtypes_are_refused(op, name, api):
+    arguments = arguments_of(op)
+    arguments[name] = arguments[name].to(torch.bfloat16)
+    first = next(iter(arguments))
+    assert_refused(api, op, arguments, (name, first), r"(?i)bfloat16", r"(?i)float(32)?\b")
+
+
+@both
+@pytest.mark.parametrize("name", ["context", "ln_weight", "ln_bias", "w_out"])
+def test_the_routers_small_vectors_have_the_dtype_of_x_or_float32(name, api):
+    for dtype, other in ((torch.bfloat16, torch.float16), (torch.float32, torch.bfloat16)):
+        arguments = arguments_of("router_score", dtype)
+        arguments[name] = arguments[name].to(other)
+        assert_refused(api, "router_score", arguments, (name,), r"(?i)(b?float16|half)")
+
+
+@both
+@pytest.mark.parametrize("op", ["residual_gate", "counterfactual_scatter"])
+def test_an_inclusion_in_half_precision_is_refused(op, api):
+    arguments = arguments_of(op, torch.bfloat16)
+    arguments["inclusion"] = arguments["inclusion"].to(torch.bfloat16)
+    assert_refused(api, op, arguments, ("inclusion",), r"(?i)float32")
+
+
+@both
+@pytest.mark.parametrize("tau", [0.0, -0.5, math.nan])
+def test_a_temperature_that_is_not_positive_is_refused(tau, api):
+    arguments = arguments_of("soft_rank") | {"tau": tau}
+    assert_refused(api, "soft_rank", arguments, ("tau",), f"{tau:g}")
+
+
+@pytest.mark.parametrize("bad", [math.nan, math.inf, -math.inf])
+def test_the_soft_rank_wrapper_refuses_scores_that_are_not_finite(bad):
+    scores = torch.tensor([[0.0, bad, 1.0]])
+    with pytest.raises(ValueError, match=r"soft_rank.*scores.*finite"):
+        ops.soft_rank(scores, 0.1)
+    assert torch.ops.shiva.soft_rank(scores, 0.1).shape == (1, 3)
+
+
+@both
+@pytest.mark.parametrize(("op", "name"), [(op, name) for op, name in ARGUMENTS if len(TENSORS[op]) > 1])
+def test_a_tensor_on_another_device_is_refused(op, name, api):
+    arguments = arguments_of(op)
+    arguments[name] = arguments[name].to("meta")
+    assert_refused(api, op, arguments, TENSORS[op], "meta", "cpu")

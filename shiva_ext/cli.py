@@ -1,0 +1,138 @@
+"""``shiva train | bench | report | demo | info``."""
+
+import argparse
+import json
+import sys
+from dataclasses import MISSING, fields
+
+
+def _add_config(parser: argparse.ArgumentParser, config) -> None:
+    """One option per field of a configuration, with its value as the default."""
+    for field in fields(config):
+        default = getattr(config, field.name, field.default if field.default is not MISSING else None)
+        parser.add_argument(f"--{field.name.replace('_', '-')}", type=type(default), default=default, help=str(default))
+
+
+def _config(args: argparse.Namespace, cls):
+    return cls(**{field.name: getattr(args, field.name) for field in fields(cls)})
+
+
+def _train_dense(args) -> None:
+    from .testbed.dense import DenseConfig, train
+
+    train(_config(args, DenseConfig), args.out, args.data_dir)
+
+
+def _train_classifier(args) -> None:
+    from .testbed.classifier import ClassifierConfig, train
+
+    print(json.dumps(train(_config(args, ClassifierConfig), args.out, args.data_dir), indent=1))
+
+
+def _train_testbed(args) -> None:
+    from .testbed.train_shiva import train
+    from .training.config import TrainConfig
+
+    train(_config(args, TrainConfig), args.out, args.dense_model, args.data_dir, args.control)
+
+
+def _bench_synthetic(args) -> None:
+    from .bench.synthetic import run
+
+    run(seeds=args.seeds, out_dir=args.out)
+
+
+def _bench_estimators(args) -> None:
+    from .bench.estimators import run
+
+    run(args.images, args.out, args.dense_model, args.data_dir, args.seed)
+
+
+def _report_testbed(args) -> None:
+    from .testbed.report import report
+
+    report(args.samples, args.seeds, args.cache_dir, args.out, args.rows or None)
+
+
+def _demo(args) -> None:
+    from .testbed.demo import run
+
+    run(args.out, args.steps)
+
+
+def _info(args) -> None:
+    from . import build_info
+
+    print(json.dumps(build_info(), indent=1))
+
+
+def parser() -> argparse.ArgumentParser:
+    """The whole command line."""
+    from .testbed.classifier import ClassifierConfig
+    from .testbed.dense import DenseConfig
+    from .testbed.train_shiva import TESTBED_CONFIG
+
+    root = argparse.ArgumentParser(prog="shiva", description=__doc__)
+    commands = root.add_subparsers(required=True, metavar="command")
+
+    train = commands.add_parser("train", help="train the testbed's models").add_subparsers(
+        required=True, metavar="what"
+    )
+    for name, run, config, text in (
+        ("dense", _train_dense, DenseConfig(), "the dense diffusion model"),
+        ("classifier", _train_classifier, ClassifierConfig(), "the classifier behind the metrics"),
+        ("testbed", _train_testbed, TESTBED_CONFIG, "router, policy and adapters of the testbed's model"),
+    ):
+        sub = train.add_parser(name, help=text, formatter_class=argparse.ArgumentDefaultsHelpFormatter)
+        sub.add_argument("--out", required=True, help="folder to write")
+        sub.add_argument("--data-dir", help="folder of the Fashion-MNIST .gz files")
+        _add_config(sub, config)
+        if name == "testbed":
+            sub.add_argument("--dense-model", help="dense model's folder; by default the one that ships")
+            sub.add_argument("--control", action="store_true", help="fine-tune densely instead, as the control")
+        sub.set_defaults(run=run)
+
+    bench = commands.add_parser("bench", help="small experiments").add_subparsers(required=True, metavar="what")
+    sub = bench.add_parser("synthetic", help="the paper's synthetic task (A.3)")
+    sub.add_argument("--seeds", type=int, default=5)
+    sub.add_argument("--out", default="results")
+    sub.set_defaults(run=_bench_synthetic)
+    sub = bench.add_parser("estimators", help="estimates of a token's worth against the truth")
+    sub.add_argument("--images", type=int, default=24)
+    sub.add_argument("--seed", type=int, default=0)
+    sub.add_argument("--out", default="results")
+    sub.add_argument("--dense-model")
+    sub.add_argument("--data-dir")
+    sub.set_defaults(run=_bench_estimators)
+
+    report = commands.add_parser("report", help="evaluations").add_subparsers(required=True, metavar="what")
+    sub = report.add_parser("testbed", help="every method on the testbed: quality, cost and time")
+    sub.add_argument("--samples", type=int, default=2000)
+    sub.add_argument("--seeds", type=int, default=3)
+    sub.add_argument("--cache-dir", default="build/testbed")
+    sub.add_argument("--out", default="results")
+    sub.add_argument("--rows", nargs="*", help="names of rows; by default all")
+    sub.set_defaults(run=_report_testbed)
+
+    sub = commands.add_parser("demo", help="dense and pruned side by side, as a picture and a table")
+    sub.add_argument("--out", default="build/demo")
+    sub.add_argument("--steps", type=int, default=20)
+    sub.set_defaults(run=_demo)
+
+    commands.add_parser("info", help="how the compiled library was built").set_defaults(run=_info)
+    return root
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Entry point; errors that a user can mend are one line on stderr and exit status 1."""
+    args = parser().parse_args(argv)
+    try:
+        args.run(args)
+    except (FileNotFoundError, ValueError, FloatingPointError) as error:
+        print(f"shiva: {error}", file=sys.stderr)
+        return 1
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

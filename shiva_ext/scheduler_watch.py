@@ -1,0 +1,92 @@
+"""Announces each step's noise level from a pipeline's scheduler, before the transformer is called."""
+
+import copy
+import functools
+
+from .hooks import SelectionState
+
+
+class _Announcing:
+    """A scheduler's method that announces the coming step once it is done."""
+
+    def __init__(self, watch: "SchedulerWatch", name: str):
+        self.watch, self.reread = watch, name == "set_timesteps"
+        self.original = getattr(watch.scheduler, name)
+        functools.update_wrapper(self, self.original, updated=())  # pipelines read the signature
+
+    def __call__(self, *args, **kwargs):
+        result = self.original(*args, **kwargs)
+        self.watch.announce(self.reread)
+        return result
+
+    def __deepcopy__(self, memo):
+        """A copied scheduler gets its own plain method; this one would drive the scheduler that was copied."""
+        return copy.deepcopy(self.original, memo)
+
+
+class SchedulerWatch:
+    """Tells a :class:`SelectionState` what a pipeline is about to do: the step's noise level, and whether it guides.
+
+    The level must be a Python number before a compiled transformer runs, so it cannot be read from the timestep tensor.
+
+    Args:
+        pipeline: has a ``scheduler``, and ``do_classifier_free_guidance`` if it guides.
+        state: of the transformer's hooks.
+        batched_guidance: what the state is told instead of the pipeline's own word.
+    """
+
+    METHODS = ("set_timesteps", "set_begin_index", "step")
+
+    def __init__(self, pipeline, state: SelectionState, batched_guidance: bool | None = None):
+        self.pipeline, self.state, self.batched_guidance = pipeline, state, batched_guidance
+        self._attach()
+
+    def _attach(self) -> None:
+        self.scheduler = self.pipeline.scheduler
+        self.levels: list[float] = []
+        for name in self.METHODS:
+            if hasattr(self.scheduler, name):
+                setattr(self.scheduler, name, _Announcing(self, name))
+
+    def refresh(self) -> None:
+        """Catch up with what no method of the scheduler tells: another scheduler, or guidance changed by a callback."""
+        if self.pipeline.scheduler is not self.scheduler:
+            self.remove()
+            self._attach()
+            self.announce(reread=True)
+        self._read_guidance()
+
+    def announce(self, reread: bool) -> None:
+        """Give the state the level of the scheduler's next step; ``reread`` after its steps have changed."""
+        scheduler = self.scheduler
+        if reread:
+            self.levels = [min(max(t / 1000, 0.0), 1.0) for t in scheduler.timesteps.tolist()]
+        index = getattr(scheduler, "step_index", None)
+        if index is None:
+            index = getattr(scheduler, "begin_index", None) or 0
+        if index < len(self.levels):
+            self.state.at(self.levels[index])
+        else:
+            self.state.sigma = None  # the last step is done
+        self._read_guidance()
+
+    def _read_guidance(self) -> None:
+        if self.batched_guidance is None:
+            running = self.state.sigma is not None
+            self.state.batched_guidance = running and bool(getattr(self.pipeline, "do_classifier_free_guidance", False))
+
+    def remove(self) -> None:
+        """Give the scheduler its methods back, also from under those of a later watch."""
+        scheduler = self.scheduler
+        for name in self.METHODS:
+            outer, method = None, vars(scheduler).get(name)
+            while isinstance(method, _Announcing) and method.watch is not self:
+                outer, method = method, method.original
+            if not isinstance(method, _Announcing):
+                continue
+            if outer is not None:
+                outer.original = method.original
+            elif getattr(method.original, "__func__", None) is getattr(type(scheduler), name):
+                delattr(scheduler, name)
+            else:
+                setattr(scheduler, name, method.original)

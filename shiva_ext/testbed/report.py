@@ -1,0 +1,297 @@
+"""The testbed's table: every method on the same noise, cached row by row, with quality, cost and time side by side."""
+
+import hashlib
+import json
+import os
+import platform
+import statistics
+import time
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass, field, replace
+from pathlib import Path
+
+import torch
+from diffusers import SD3Transformer2DModel
+from safetensors.torch import load_file, save_file
+from tqdm import tqdm
+
+from ..evaluation.flops import sd3_forward_flops
+from ..evaluation.metrics import ForegroundRecall, class_accuracy, frechet_distance, gaussian, precision_recall, psnr
+from .classifier import load_classifier, load_statistics
+from .figures import draw_grid, draw_report, print_table
+from .model import ASSETS, PROMPT_TOKENS, load_model
+from .rows import METHODS, ROWS, Row, artefact_folder
+from .sampling import BATCH_SIZE, GUIDANCE, balanced_labels, generate, make_noise
+
+# Part of every cache key: raise it when a change of the code below changes what a finished row would hold.
+VERSION = 1
+DENSE = Row("dense")  # what PSNR and speed-up compare with
+
+
+def fingerprint(folder: str | os.PathLike) -> str:
+    """SHA-256 over the names and bytes of a folder's files: a retrained artefact is another artefact."""
+    digest = hashlib.sha256()
+    for file in sorted(path for path in Path(folder).rglob("*") if path.is_file()):
+        digest.update(f"{file.relative_to(folder).as_posix()}\0{file.stat().st_size}\0".encode())
+        digest.update(file.read_bytes())
+    return digest.hexdigest()
+
+
+def _write(file: Path, text: str) -> None:
+    temporary = file.with_suffix(".tmp")
+    temporary.write_text(text)
+    os.replace(temporary, file)
+
+
+@dataclass
+class Study:
+    """What all rows share, and the cache of finished ones.
+
+    Attributes:
+        cache_dir: folder of one JSON file, one PNG grid and one file of images a finished (row, seed), and of one JSON
+            file a finished timing; the names are hashes of everything that the result depends on.
+        samples: images a row and seed; the classes are balanced.
+        seeds: noise seeds 0, 1, ... of the rows that are repeated.
+        model_dir: dense model; by default the one that ships.
+        guidance, batch_size, dtype: of the sampling. Weights in bfloat16, as they ship, are the fastest on a CPU.
+        timing_repeats: pairs of batches (dense, row) that are timed after one pair to warm up.
+    """
+
+    cache_dir: Path
+    samples: int = 2000
+    seeds: int = 3
+    model_dir: Path | None = None
+    guidance: float = GUIDANCE
+    batch_size: int = BATCH_SIZE
+    dtype: torch.dtype = torch.bfloat16
+    timing_repeats: int = 5
+    _fingerprints: dict = field(default_factory=dict)
+
+    def __post_init__(self):
+        self.cache_dir, self.model_dir = Path(self.cache_dir), Path(self.model_dir or ASSETS / "dense")
+        self.cache_dir.mkdir(parents=True, exist_ok=True)
+        self.classifier, self.statistics = load_classifier(), load_statistics()
+
+    def settings(self, row: Row) -> dict:
+        """Everything that a row's images depend on, but for the seed."""
+        settings = {key: value for key, value in asdict(row).items() if key not in ("name", "repeat", "group")}
+        settings |= dict(version=VERSION, samples=self.samples, guidance=self.guidance, batch_size=self.batch_size)
+        settings |= dict(dtype=str(self.dtype), model=self._digest(self.model_dir))
+        settings |= dict(classifier=self._digest(ASSETS / "classifier"))
+        if folder := artefact_folder(row):
+            settings["source"] = self._digest(folder)
+        return settings
+
+    def _digest(self, folder: Path) -> str:
+        if folder not in self._fingerprints:
+            self._fingerprints[folder] = fingerprint(folder)
+        return self._fingerprints[folder]
+
+    def _file(self, row: Row, **extra) -> Path:
+        settings = json.dumps(self.settings(row) | extra, sort_keys=True)
+        return self.cache_dir / f"{hashlib.sha256(settings.encode()).hexdigest()[:20]}.json"
+
+    def _setup(self, row: Row):
+        transformer, prompts = load_model(self.model_dir, self.dtype)
+        return transformer, prompts, METHODS[row.method](transformer, row, self.guidance > 1)
+
+    def images(self, row: Row, seed: int) -> torch.Tensor:
+        """The images of a finished row, float32 [samples, 1, 32, 32]."""
+        return load_file(self._file(row, seed=seed).with_suffix(".safetensors"))["images"].float()
+
+    def sample(self, row: Row, seed: int) -> dict:
+        """Metrics of one row and seed, from the cache if they are there.
+
+        Raises:
+            ValueError: the row's images are not finite.
+        """
+        file = self._file(row, seed=seed)
+        if file.is_file():
+            return json.loads(file.read_text())
+        is_dense = file == self._file(DENSE, seed=seed)
+        reference = None if is_dense else self._reference(seed)
+        transformer, prompts, method = self._setup(row)
+        labels, noise = balanced_labels(self.samples), make_noise(self.samples, seed)
+        layers = transformer.config.num_layers
+        recall, counts, images = ForegroundRecall(), [{}] * row.steps, []
+        batches = list(zip(labels.split(self.batch_size), noise.split(self.batch_size), strict=True))
+        for some_labels, some_noise in tqdm(batches, desc=f"{row.name}, seed {seed}", mininterval=2):
+            method.record(True)
+            some = generate(
+                transformer, prompts, some_labels, some_noise, row.steps, self.guidance, batch_size=self.batch_size
+            )
+            if not torch.isfinite(some).all():
+                raise ValueError(f"row {row.name!r}, seed {seed}: the sampler has diverged to NaN or infinite pixels")
+            if kept := method.kept_tokens():
+                counts = [{layer: index.shape[1] for layer, index in by_layer.items()} for by_layer in kept]
+                recall.add(some, kept, dense_layers=range(1, layers))
+            images.append(some)
+        method.disable()
+        images = torch.cat(images).half()
+        result = {"name": row.name, "seed": seed, **self._metrics(images.float(), labels, reference)}
+        result |= self._cost(transformer, counts, method.router_width)
+        # Nothing to count means that no layer was pruned.
+        result["foreground_recall"] = 1.0 if recall.value is None else recall.value
+        result["settings"] = self.settings(row) | {"seed": seed}
+        save_file({"images": images}, file.with_suffix(".safetensors"))
+        draw_grid(images.float(), file.with_suffix(".png"))
+        _write(file, json.dumps(result, indent=1))
+        return result
+
+    def _reference(self, seed: int) -> torch.Tensor:
+        self.sample(DENSE, seed)
+        return self.images(DENSE, seed)
+
+    def _metrics(self, images: torch.Tensor, labels: torch.Tensor, reference: torch.Tensor | None) -> dict:
+        features, predicted = self.classifier.measure(images)
+        distance = frechet_distance(*gaussian(features), self.statistics["mean"], self.statistics["covariance"])
+        precision, recall = precision_recall(self.statistics["features"], features)
+        result = dict(fid=distance, accuracy=class_accuracy(predicted, labels), precision=precision, recall=recall)
+        # Equal images have no finite PSNR, and JSON has no infinity.
+        decibels = None if reference is None else psnr(images, reference).mean().item()
+        return result | dict(psnr=None if decibels == float("inf") else decibels)
+
+    def _cost(self, transformer: SD3Transformer2DModel, counts: list[dict[int, int]], router_width: int) -> dict:
+        tokens = (transformer.config.sample_size // transformer.config.patch_size) ** 2
+        flops = sum(sd3_forward_flops(transformer, PROMPT_TOKENS, tokens, kept, router_width) for kept in counts)
+        flops *= 2 if self.guidance > 1 else 1
+        # The first block is dense in every method: the share is that of the others.
+        layers = range(1, transformer.config.num_layers)
+        share = statistics.fmean(kept.get(layer, tokens) / tokens for kept in counts for layer in layers)
+        return dict(gflops=flops / 1e9, kept_share=share, kept_counts=counts)
+
+    def timing(self, row: Row) -> dict:
+        """Seconds an image and speed-up over dense: batches of the two alternate, medians over the pairs."""
+        file = self._file(row, timing=self.timing_repeats, threads=torch.get_num_threads())
+        if file.is_file():
+            return json.loads(file.read_text())
+        labels, noise = balanced_labels(self.batch_size), make_noise(self.batch_size, seed=0)
+        models = [(self._setup(each), each.steps) for each in (DENSE, row)]
+        pairs = []
+        for _ in tqdm(range(self.timing_repeats + 1), desc=f"{row.name}, timing", mininterval=2):
+            pair = []
+            for (transformer, prompts, _), steps in models:
+                started = time.perf_counter()
+                generate(transformer, prompts, labels, noise, steps, self.guidance, batch_size=self.batch_size)
+                pair.append((time.perf_counter() - started) / self.batch_size)
+            pairs.append(pair)
+        pairs = pairs[1:]
+        for (_, _, method), _ in models:
+            method.disable()
+        result = {
+            "name": row.name,
+            "seconds": statistics.median(mine for _, mine in pairs),
+            "dense_seconds": statistics.median(dense for dense, _ in pairs),
+            "speed_up": statistics.median(dense / mine for dense, mine in pairs),
+            "pairs": pairs,
+        }
+        _write(file, json.dumps(result, indent=1))
+        return result
+
+    def resolve(self, row: Row, rows: list[Row]) -> Row:
+        """A row whose steps follow from another row's time, with its steps; any other row as it is."""
+        if not row.equal_time_as:
+            return row
+        speed_up = self.timing(next(other for other in rows if other.name == row.equal_time_as))["speed_up"]
+        return replace(row, steps=max(1, round(row.steps / speed_up)), equal_time_as="")
+
+    def summary(self, row: Row) -> dict:
+        """One line of the table: means over the seeds, sample standard deviation of the distance."""
+        results = [self.sample(row, seed) for seed in range(self.seeds if row.repeat else 1)]
+        line = {"name": row.name, "group": row.group, "method": row.method, "source": row.source, "steps": row.steps}
+        distances = [result["fid"] for result in results]
+        line["fid"] = statistics.fmean(distances)
+        line["fid_sd"] = statistics.stdev(distances) if len(distances) > 1 else None
+        line["fid_seeds"] = distances
+        for key in ("accuracy", "precision", "recall", "psnr", "foreground_recall", "gflops", "kept_share"):
+            values = [result[key] for result in results]
+            line[key] = None if None in values else statistics.fmean(values)
+        return line | {key: self.timing(row)[key] for key in ("seconds", "dense_seconds", "speed_up")}
+
+
+def _check(rows: list[Row]) -> None:
+    names = [row.name for row in rows]
+    for row in rows:
+        if row.method not in METHODS:
+            raise ValueError(f"row {row.name!r}: method must be one of {', '.join(METHODS)}, got {row.method!r}")
+        if row.equal_time_as and row.equal_time_as not in names:
+            raise ValueError(
+                f"row {row.name!r} needs the time of row {row.equal_time_as!r}, which is not in the report"
+            )
+        folder = artefact_folder(row)
+        if folder and not folder.is_dir():
+            raise FileNotFoundError(
+                f"row {row.name!r} needs the artefact {folder}, which is not there: train it, or leave the row out"
+            )
+
+
+def sweep_guidance(
+    scales: Sequence[float] = (1.0, 1.5, 2.0, 3.0, 4.0), samples: int = 300, cache_dir="build/testbed", **settings
+) -> dict[float, dict]:
+    """The dense row at several guidance scales, to choose :data:`~shiva_ext.testbed.sampling.GUIDANCE` once from.
+
+    Args:
+        scales: guidance scales; 1 is no guidance.
+        samples: images a scale, all from seed 0.
+        cache_dir, settings: as in :func:`report`.
+
+    Returns:
+        The metrics of each scale. The Fréchet distance falls with the number of samples: compare these with each other.
+    """
+    studies = {scale: Study(Path(cache_dir), samples, 1, guidance=scale, **settings) for scale in scales}
+    return {scale: study.sample(DENSE, 0) for scale, study in studies.items()}
+
+
+def report(
+    samples: int = 2000,
+    seeds: int = 3,
+    cache_dir: str | os.PathLike = "build/testbed",
+    out_dir: str | os.PathLike = "results",
+    rows: list[Row | str] | None = None,
+    **settings,
+) -> dict:
+    """Evaluate the rows, print the table, and write ``testbed.json`` and ``testbed.png``.
+
+    Every finished row and seed is cached: an interrupted report goes on where it stopped, a repeated one only prints.
+
+    Args:
+        samples: images a row and seed.
+        seeds: noise seeds of the rows that are repeated; the others use the first.
+        cache_dir: folder of finished rows, see :class:`Study`.
+        out_dir: folder of the results.
+        rows: rows or names of :data:`ROWS`; by default all.
+        settings: further settings of :class:`Study`.
+
+    Returns:
+        What ``testbed.json`` holds.
+
+    Raises:
+        FileNotFoundError: an artefact is missing; found before anything is computed.
+        ValueError: an unknown row, method or selector, or a row whose images are not finite.
+    """
+    known = {row.name: row for row in ROWS}
+    unknown = [row for row in rows or [] if isinstance(row, str) and row not in known]
+    if unknown:
+        raise ValueError(f"report: unknown row {unknown[0]!r}; the rows are {', '.join(map(repr, known))}")
+    rows = [known[row] if isinstance(row, str) else row for row in rows or ROWS]
+    _check(rows)
+    study = Study(Path(cache_dir), samples, seeds, **settings)
+    rows = [study.resolve(row, rows) for row in rows]
+    lines = [study.summary(row) for row in rows]
+    content = {
+        "command": f"shiva report testbed --samples {samples} --seeds {seeds}",
+        "settings": {"samples": samples, "seeds": seeds, "guidance": study.guidance, "batch_size": study.batch_size},
+        "machine": {
+            "processor": f"{platform.machine()}, {torch.backends.cpu.get_cpu_capability()}",
+            "threads": torch.get_num_threads(),
+            "torch": torch.__version__,
+        },
+        "rows": lines,
+    }
+    content["settings"]["dtype"] = str(study.dtype)
+    out_dir = Path(out_dir)
+    out_dir.mkdir(parents=True, exist_ok=True)
+    _write(out_dir / "testbed.json", json.dumps(content, indent=1) + "\n")
+    draw_report(lines, [study.images(row, 0)[:10] for row in rows], out_dir / "testbed.png")
+    print_table(lines)
+    return content

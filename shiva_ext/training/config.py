@@ -1,0 +1,69 @@
+"""Every number of a training run, in one place."""
+
+from dataclasses import dataclass
+
+# All attention and MLP linears of a joint block, of both streams.
+ADAPTER_TARGETS = r".*\.(to_q|to_k|to_v|to_out\.0|add_q_proj|add_k_proj|add_v_proj|to_add_out|net\.0\.proj|net\.2)"
+
+
+@dataclass
+class TrainConfig:
+    """Settings of the three stages; the defaults are the paper's (Shiva-DiT, arXiv 2602.05605) where it gives one.
+
+    Attributes:
+        budget: wanted mean share of tokens in the pruned layers.
+        estimator: gradient estimator, see :data:`shiva_ext.selection.ESTIMATORS`.
+        router_steps, policy_steps, joint_steps: length of the stages: router alone at stratified ratios, then router
+            and policy with exploration noise, then both and the adapters.
+        batch_size: samples a step; they are cut into ``micro_batches`` calls, each with one token count a layer.
+        ratio_min, ratio_max: range of the first stage's ratios.
+        lr_router, lr_policy, lr_adapter: peak learning rates of AdamW.
+        warmup: steps of linear warm-up of each stage; the last ``decay`` share of each falls linearly to ``lr_end``
+            times the peak.
+        diffusion_weight: factor of the model's own loss, the flow-matching error.
+        output_weight: factor of the squared difference between the student's and the teacher's output.
+        feature_weight: factor of the normalised feature distillation, eq. 31, over every ``feature_every``-th block.
+        budget_weight: factor of the budget loss, eq. 13.
+        policy_noise: standard deviation on the logits in the second stage, eq. 29.
+        adapter_rank: of the DoRA adapters; alpha equals it. 0 trains none.
+        prompt_dropout: share of prompts replaced by the empty one.
+        share, hidden: of the router, see :class:`shiva_ext.selection.RouterConfig`.
+        table_levels: noise levels of the exported look-up table, evenly spread over (0, 1].
+        seed: of everything random.
+    """
+
+    budget: float = 0.6
+    estimator: str = "counterfactual"
+    router_steps: int = 2000
+    policy_steps: int = 2000
+    joint_steps: int = 10000
+    batch_size: int = 16
+    micro_batches: int = 4
+    ratio_min: float = 0.3
+    ratio_max: float = 0.95
+    lr_router: float = 3e-4
+    lr_policy: float = 1e-4
+    lr_adapter: float = 1e-4
+    warmup: int = 200
+    decay: float = 0.3
+    lr_end: float = 0.05
+    diffusion_weight: float = 1.0
+    output_weight: float = 0.0
+    feature_weight: float = 0.1
+    feature_every: int = 4
+    budget_weight: float = 1.0
+    policy_noise: float = 1.0
+    adapter_rank: int = 32
+    prompt_dropout: float = 0.1
+    share: int = 2
+    hidden: int = 64
+    table_levels: int = 20
+    seed: int = 0
+
+    def __post_init__(self):
+        if not 0 < self.budget <= 1:
+            raise ValueError(f"TrainConfig: budget is {self.budget}, wanted a share above 0 and at most 1")
+        if self.batch_size % self.micro_batches:
+            raise ValueError(
+                f"TrainConfig: batch_size is {self.batch_size}, wanted a multiple of micro_batches, {self.micro_batches}"
+            )
