@@ -1,7 +1,7 @@
 """One denoising step of SD3.5-Medium's architecture on this machine, dense and pruned, interleaved.
 
-Random weights, bfloat16, 1024 x 1024 pixels (4,096 image tokens), 333 text tokens. Prints and writes, per ratio: seconds,
-speed-up (median of the pairs), what the operations alone allow, and the share of the step spent in this library's ops.
+Random weights, bfloat16, 1024 x 1024 pixels (4,096 image tokens), 333 text tokens. Prints and writes, per ratio:
+seconds, speed-up (median of the pairs), what the operations alone allow, and the share of the step spent in our ops.
 
     python benchmarks/sd35_step.py [--ratios .8 .6] [--repeats 5] [--layers 24] [--pixels 1024]
 """
@@ -127,7 +127,8 @@ def main() -> None:
             + ", ".join(f"{name} {share:.2%}" for name, share in shares.items())
         )
     content = {
-        "command": f"python benchmarks/sd35_step.py --repeats {args.repeats} --layers {args.layers} --pixels {args.pixels}",
+        "command": "python benchmarks/sd35_step.py "
+        f"--repeats {args.repeats} --layers {args.layers} --pixels {args.pixels}",
         "threads": torch.get_num_threads(),
         "torch": torch.__version__,
         "image_tokens": N,

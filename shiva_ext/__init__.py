@@ -24,7 +24,20 @@ _LAZY = {
 }
 _SUBMODULES = ("bench", "evaluation", "models", "selection", "testbed", "training")
 
-__all__ = ["__version__", "build_info", "ops", "reference", *_LAZY]
+__all__ = [
+    "Handle",
+    "ShivaArtifact",
+    "__version__",
+    "build_info",
+    "disable",
+    "enable",
+    "get_handle",
+    "load",
+    "ops",
+    "reference",
+    "save",
+    "summary",
+]
 
 
 def __getattr__(name: str):

@@ -48,6 +48,12 @@ def _bench_estimators(args) -> None:
     run(args.images, args.out, args.dense_model, args.data_dir, args.seed)
 
 
+def _bench_trial(args) -> None:
+    from .bench.trial import run
+
+    run(args.steps, args.samples, args.out, args.dense_model, args.data_dir, args.seed)
+
+
 def _report_testbed(args) -> None:
     from .testbed.report import report
 
@@ -104,6 +110,14 @@ def parser() -> argparse.ArgumentParser:
     sub.add_argument("--dense-model")
     sub.add_argument("--data-dir")
     sub.set_defaults(run=_bench_estimators)
+    sub = bench.add_parser("trial", help="a router alone, trained by each estimator")
+    sub.add_argument("--steps", type=int, default=300)
+    sub.add_argument("--samples", type=int, default=300)
+    sub.add_argument("--seed", type=int, default=0)
+    sub.add_argument("--out", default="results")
+    sub.add_argument("--dense-model")
+    sub.add_argument("--data-dir")
+    sub.set_defaults(run=_bench_trial)
 
     report = commands.add_parser("report", help="evaluations").add_subparsers(required=True, metavar="what")
     sub = report.add_parser("testbed", help="every method on the testbed: quality, cost and time")

@@ -63,6 +63,10 @@ class SelectionState:
             _DENSE if ratio >= 1 else math.floor(ratio * _DENSE) + 1 for ratio in self.selector.ratios(self.sigma)
         )
 
+    def forget(self) -> None:
+        """No level is announced any more."""
+        self.sigma, self.quota, self.fixed = None, (), False
+
     def read_sigma(self, timestep: Tensor) -> None:
         """Take the noise level from a call's timesteps [B], unless they are those of the announced level."""
         values = [t / 1000 for t in timestep.detach().flatten().tolist()]
@@ -154,7 +158,7 @@ class TransformerHook(ModelHook):
         try:
             if not compiling:
                 return self._run(module, *args, **kwargs)
-            if state.sigma is None and state.trainer is None:
+            if not state.quota and state.trainer is None:  # a look at sigma would make a graph for each level
                 raise RuntimeError(
                     "shiva_ext: a compiled transformer needs its noise level as a Python number; enable on the "
                     "pipeline, or call handle.at(sigma) before each step"

@@ -67,7 +67,7 @@ class SchedulerWatch:
         if index < len(self.levels):
             self.state.at(self.levels[index])
         else:
-            self.state.sigma = None  # the last step is done
+            self.state.forget()  # the last step is done
         self._read_guidance()
 
     def _read_guidance(self) -> None:

@@ -1,5 +1,7 @@
 """torch.compile(fullgraph=True) of the transformer with the method on."""
 
+import shutil
+
 import pytest
 import torch
 from torch._dynamo.testing import CompileCounter
@@ -55,17 +57,13 @@ def test_static_shapes_make_one_graph_for_each_row_of_counts(small):
     assert counter.frame_count == 2
 
 
-@pytest.mark.parametrize("in_place", [False, True])
-def test_the_pipeline_runs_compiled_and_equals_eager(in_place, small):
+def test_the_pipeline_runs_compiled_and_equals_eager(small):
     pipe = make_pipeline(small)
     handle = shiva_ext.enable(pipe, make_artifact(TABLE, **ARTIFACT))
     options = [dict(steps=6), dict(steps=3, guidance=1.0), dict(steps=3, prompts=2), dict(steps=3, size=12)]
     wanted = [pipe(**pipeline_inputs(**each))[0] for each in options]
     counter = CompileCounter()
-    if in_place:
-        small.compile(fullgraph=True, backend=counter)
-    else:
-        pipe.transformer = torch.compile(small, fullgraph=True, backend=counter)
+    pipe.transformer = torch.compile(small, fullgraph=True, backend=counter)
     assert shiva_ext.get_handle(pipe) is handle
     graphs = []
     for each, eager in zip(options, wanted, strict=True):
@@ -76,14 +74,15 @@ def test_the_pipeline_runs_compiled_and_equals_eager(in_place, small):
 
 
 def test_a_model_compiled_before_enabling_follows_enable_and_disable(small):
-    pipe = make_pipeline(small)
+    pipe, twin = make_pipeline(small), make_pipeline(make_model(num_layers=3))
     dense = pipe(**pipeline_inputs())[0]
-    with shiva_ext.enable(pipe, make_artifact(TABLE, **ARTIFACT)):
-        pruned = pipe(**pipeline_inputs())[0]
-    pipe.transformer = torch.compile(small, fullgraph=True, backend="eager")
+    small.compile(fullgraph=True, backend="eager")
     assert torch.equal(pipe(**pipeline_inputs())[0], dense)
-    with shiva_ext.enable(pipe, make_artifact(TABLE, **ARTIFACT)):
-        assert torch.equal(pipe(**pipeline_inputs())[0], pruned)
+    with (
+        shiva_ext.enable(pipe, make_artifact(TABLE, **ARTIFACT)),
+        shiva_ext.enable(twin, make_artifact(TABLE, **ARTIFACT)),
+    ):
+        assert torch.equal(pipe(**pipeline_inputs())[0], twin(**pipeline_inputs())[0])
     assert torch.equal(pipe(**pipeline_inputs())[0], dense)
 
 
@@ -102,3 +101,13 @@ def test_gradients_through_the_compiled_model_equal_eager(small):
     got = torch.autograd.grad(compiled(**make_inputs())[0].square().mean(), weight)[0]
     assert handle.state.conditioning is None
     torch.testing.assert_close(got, wanted, rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.skipif(shutil.which("c++") is None, reason="torch.compile's default backend needs a C++ compiler")
+def test_the_default_backend_equals_eager_to_rounding():
+    model = make_model(num_layers=2)
+    handle = shiva_ext.enable(model, make_artifact(0.6, num_layers=2)).at(0.5)
+    with torch.no_grad():
+        got = torch.compile(model, fullgraph=True)(**make_inputs())[0]
+        torch.testing.assert_close(got, model(**make_inputs())[0], rtol=1e-4, atol=1e-4)
+    assert handle.num_hooked == 1

@@ -1,4 +1,4 @@
-"""What does processing one token change? Every token is flipped, and each estimator's answer is compared with the truth.
+"""What does processing one token change? Every token is flipped, and each estimator's answer compared with the truth.
 
 For token i of a pruned layer the true value is c_i = L(i processed) - L(i skipped), all other choices fixed. All layers
 from the second on are pruned at once, to a random 60 %, and each is probed. A case is one (image, noise level, layer).

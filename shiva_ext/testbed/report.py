@@ -221,7 +221,8 @@ def _check(rows: list[Row]) -> None:
         folder = artefact_folder(row)
         if folder and not folder.is_dir():
             raise FileNotFoundError(
-                f"row {row.name!r} needs the artefact {folder}, which is not there: train it, or leave the row out"
+                f"row {row.name!r} needs the artefact {folder}, which is not there: train it with "
+                "'shiva train testbed', or leave the row out"
             )
 
 

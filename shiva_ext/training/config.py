@@ -65,5 +65,6 @@ class TrainConfig:
             raise ValueError(f"TrainConfig: budget is {self.budget}, wanted a share above 0 and at most 1")
         if self.batch_size % self.micro_batches:
             raise ValueError(
-                f"TrainConfig: batch_size is {self.batch_size}, wanted a multiple of micro_batches, {self.micro_batches}"
+                f"TrainConfig: batch_size is {self.batch_size}, wanted a multiple of micro_batches "
+                f"({self.micro_batches})"
             )

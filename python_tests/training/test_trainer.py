@@ -1,0 +1,202 @@
+"""The three stages on a tiny model: what each trains, what it leaves alone, and what comes out."""
+
+import json
+from dataclasses import replace
+
+import pytest
+import torch
+from diffusers import SD3Transformer2DModel
+
+import shiva_ext
+from shiva_ext.selection import get_estimator
+from shiva_ext.training.config import TrainConfig
+from shiva_ext.training.stages import run_student, run_teacher
+from shiva_ext.training.trainer import Batch, ShivaTrainer
+
+CONFIG = TrainConfig(
+    router_steps=2,
+    policy_steps=2,
+    joint_steps=2,
+    batch_size=4,
+    micro_batches=2,
+    adapter_rank=4,
+    output_weight=1.0,
+    lr_router=1e-2,
+    lr_policy=1e-2,
+    lr_adapter=1e-2,
+)
+
+
+def tiny_model() -> SD3Transformer2DModel:
+    torch.manual_seed(0)
+    model = SD3Transformer2DModel(
+        sample_size=8,
+        patch_size=2,
+        in_channels=1,
+        out_channels=1,
+        num_layers=4,
+        num_attention_heads=1,
+        attention_head_dim=64,
+        joint_attention_dim=16,
+        caption_projection_dim=64,
+        pooled_projection_dim=16,
+        pos_embed_max_size=4,
+    )
+    for p in model.parameters():
+        if not p.any():
+            torch.nn.init.normal_(p, std=0.05)
+    # torch picks other CPU kernels for weights that require a gradient, even under no_grad: the last bits differ.
+    return model.eval().requires_grad_(False)
+
+
+def next_batch(count: int, generator: torch.Generator) -> Batch:
+    def draw(*shape):
+        return torch.randn(count, *shape, generator=generator)
+
+    return Batch(draw(1, 8, 8), draw(3, 16), draw(16))
+
+
+def inputs(count: int = 2) -> dict:
+    batch = next_batch(count, torch.Generator().manual_seed(3))
+    return dict(
+        hidden_states=batch.latents,
+        encoder_hidden_states=batch.prompt_embeds,
+        pooled_projections=batch.pooled,
+        timestep=torch.full((count,), 400.0),
+    )
+
+
+def weights(module: torch.nn.Module) -> dict[str, torch.Tensor]:
+    return {name: p.detach().clone() for name, p in module.named_parameters()}
+
+
+def changed(module: torch.nn.Module, before: dict[str, torch.Tensor]) -> bool:
+    return any(not torch.equal(p, before[name]) for name, p in module.named_parameters() if name in before)
+
+
+@pytest.fixture
+def trainer():
+    trainer = ShivaTrainer(tiny_model(), CONFIG, next_batch)
+    yield trainer
+    trainer.close()
+
+
+def test_each_stage_trains_what_it_names_and_nothing_else(trainer):
+    backbone, router, policy = (weights(m) for m in (trainer.transformer, trainer.router, trainer.policy))
+    trainer.run_stage("router", 2)
+    assert changed(trainer.router, router) and not changed(trainer.policy, policy)
+    router = weights(trainer.router)
+    trainer.run_stage("policy", 2)
+    assert changed(trainer.router, router) and changed(trainer.policy, policy)
+    assert not changed(trainer.transformer, backbone)
+    trainer.run_stage("joint", 2)
+    trained = {name for name, p in trainer.transformer.named_parameters() if p.requires_grad}
+    assert trained and all("lora" in name for name in trained)
+    base = {name.replace(".base_layer", ""): p for name, p in trainer.transformer.named_parameters()}
+    assert all(torch.equal(base[name], value) for name, value in backbone.items())
+
+
+def test_every_attention_and_mlp_linear_of_the_blocks_gets_an_adapter(trainer):
+    linears = {n for n, m in trainer.transformer.transformer_blocks.named_modules() if isinstance(m, torch.nn.Linear)}
+    wanted = {n for n in linears if ".attn." in n or ".ff" in n}
+    trainer.add_adapters()
+    names = {n for n, _ in trainer.transformer.transformer_blocks.named_parameters() if "lora_A" in n}
+    assert {n.split(".lora_A")[0] for n in names} == wanted
+
+
+def test_an_export_can_be_enabled_and_closing_restores_the_model(tmp_path):
+    model = tiny_model()
+    before = {k: v.clone() for k, v in model.state_dict().items()}
+    with torch.no_grad():
+        dense = model(**inputs(), return_dict=False)[0]
+    trainer = ShivaTrainer(model, CONFIG, next_batch)
+    for stage in ("router", "policy", "joint"):
+        trainer.run_stage(stage, 2)
+    trainer.export(tmp_path)
+    trainer.close()
+    assert {k: v.shape for k, v in model.state_dict().items()} == {k: v.shape for k, v in before.items()}
+    assert all(torch.equal(v, before[k]) for k, v in model.state_dict().items())
+    assert json.loads((tmp_path / "config.json").read_text())["metadata"]["training"]["budget"] == CONFIG.budget
+    with torch.no_grad():
+        assert torch.equal(model(**inputs(), return_dict=False)[0], dense)
+        with shiva_ext.enable(model, tmp_path):
+            assert not torch.equal(model(**inputs(), return_dict=False)[0], dense)
+            assert shiva_ext.summary(model).mean_ratio == pytest.approx(CONFIG.budget, abs=1 / 16)
+        assert torch.equal(model(**inputs(), return_dict=False)[0], dense)
+
+
+def test_the_teacher_is_the_dense_model_and_its_updates_telescope():
+    model = tiny_model()
+    with torch.no_grad():
+        dense = model(**inputs(), return_dict=False)[0]
+    trainer = ShivaTrainer(model, CONFIG, next_batch)
+    trainer.add_adapters()
+    for name, p in model.named_parameters():
+        if "lora_B" in name:
+            torch.nn.init.normal_(p, std=0.1)
+    teacher = run_teacher(model, trainer.state, **inputs())
+    assert torch.equal(teacher.output, dense)
+    assert sorted(teacher.tokens) == [1, 2, 3]
+    for layer in (1, 2):
+        assert torch.equal(teacher.tokens[layer][1], teacher.tokens[layer + 1][0])
+        assert torch.equal(teacher.update(layer), teacher.tokens[layer][1] - teacher.tokens[layer][0])
+    trainer.close()
+
+
+@pytest.mark.parametrize("name", ["counterfactual", "residual", "residual_flipped"])
+def test_gradients_reach_router_and_ratios_through_every_estimator(name):
+    trainer = ShivaTrainer(tiny_model(), replace(CONFIG, estimator=name), next_batch)
+    ratios = torch.tensor([1.0, 0.6, 0.5, 0.7], requires_grad=True)
+    teacher = run_teacher(trainer.transformer, trainer.state, **inputs())
+    output, student = run_student(trainer.transformer, trainer.state, get_estimator(name), ratios, teacher, **inputs())
+    assert {layer: kept.shape[1] for layer, kept in student.kept.items()} == {1: 9, 2: 8, 3: 11}
+    (output - teacher.output).square().mean().backward()
+    assert (ratios.grad[1:] != 0).all() and ratios.grad[0] == 0
+    missing = [n for n, p in trainer.router.named_parameters() if p.grad is None or not p.grad.any()]
+    assert not missing
+    trainer.close()
+
+
+def test_the_router_sends_no_gradient_into_the_backbone(monkeypatch):
+    trainer = ShivaTrainer(tiny_model(), CONFIG, next_batch)
+    seen = []
+    forward = trainer.router.forward
+
+    def watch(layer, x, *embeddings):
+        seen.append(x.requires_grad)
+        return forward(layer, x, *embeddings)
+
+    monkeypatch.setattr(trainer.router, "forward", watch)
+    trainer.add_adapters()
+    teacher = run_teacher(trainer.transformer, trainer.state, **inputs())
+    ratios = torch.full((4,), 0.5)
+    run_student(trainer.transformer, trainer.state, get_estimator("residual"), ratios, teacher, **inputs())
+    assert seen == [False, False, False]
+    trainer.close()
+
+
+def test_a_loss_that_is_not_finite_stops_the_training_with_advice(trainer):
+    def broken(count, generator):
+        batch = next_batch(count, generator)
+        return batch._replace(latents=batch.latents * float("nan"))
+
+    trainer.next_batch = broken
+    with pytest.raises((FloatingPointError, ValueError), match="learning rates|finite"):
+        trainer.run_stage("router", 1)
+
+
+def test_a_batch_that_micro_batches_do_not_divide_is_refused():
+    with pytest.raises(ValueError, match="multiple of micro_batches"):
+        TrainConfig(batch_size=6, micro_batches=4)
+
+
+def test_the_control_run_trains_adapters_alone_and_prunes_nothing(tmp_path):
+    model = tiny_model()
+    trainer = ShivaTrainer(model, CONFIG, next_batch, dense=True)
+    router = weights(trainer.router)
+    trainer.run_stage("joint", 2)
+    assert not changed(trainer.router, router)
+    trainer.export(tmp_path)
+    trainer.close()
+    with shiva_ext.enable(model, tmp_path):
+        assert shiva_ext.summary(model).mean_ratio == 1
