@@ -45,7 +45,7 @@ ROWS = (
     Row("dense fine-tuned", "artefact", "dense_finetuned", repeat=True),
     Row("Shiva 80 %", "artefact", "shiva80", 0.8, repeat=True, group="shiva"),
     Row("Shiva 60 %", "artefact", "shiva60", 0.6, repeat=True, group="shiva"),
-    Row("fixed ratio 60 %", "artefact", "fixed60", 0.6, group="other"),
+    Row("fixed ratio 60 %", "artefact at ratio", "shiva60", 0.6, group="other"),
     Row("random tokens 60 %", "selector", "random", 0.6, group="other"),
     Row("largest-norm tokens 60 %", "selector", "largest_norm", 0.6, group="other"),
     Row("fewer steps, time of Shiva 60 %", equal_time_as="Shiva 60 %"),
