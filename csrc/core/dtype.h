@@ -5,4 +5,4 @@ namespace shiva {
 
 enum class Dtype { Float32, BFloat16, Float16, Float64 };
 
-} // namespace shiva
+}  // namespace shiva

@@ -13,4 +13,4 @@ SHIVA_HOST_DEVICE int64_t offset2(int64_t i, int64_t stride_i, int64_t j, int64_
 
 SHIVA_HOST_DEVICE int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
 
-} // namespace shiva
+}  // namespace shiva

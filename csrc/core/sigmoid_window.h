@@ -22,4 +22,4 @@ struct SigmoidWindow<double> {
   static constexpr double kBlockSpan = 16.0;
 };
 
-} // namespace shiva
+}  // namespace shiva

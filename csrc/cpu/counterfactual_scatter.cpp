@@ -25,8 +25,7 @@ Tensor counterfactual_scatter(
 
 // -> grad_base [B, N, D] (zero at kept), grad_src [B, k, D], grad_inclusion [B, N]
 std::tuple<Tensor, Tensor, Tensor> counterfactual_scatter_backward(
-    const Tensor& grad, const Tensor& base, const Tensor& kept, const Tensor& src, const Tensor& update,
-    double kappa) {
+    const Tensor& grad, const Tensor& base, const Tensor& kept, const Tensor& src, const Tensor& update, double kappa) {
   constexpr char op[] = "counterfactual_scatter_backward";
   check_dim(op, "base", base, 3);
   const Dtype dtype = floating_dtype(op, "base", base);
@@ -59,8 +58,8 @@ std::tuple<Tensor, Tensor, Tensor> counterfactual_scatter_backward(
   return {grad_base, grad_src, grad_inclusion};
 }
 
-} // namespace
-} // namespace shiva::cpu
+}  // namespace
+}  // namespace shiva::cpu
 
 STABLE_TORCH_LIBRARY_IMPL(shiva, CPU, m) {
   m.impl("counterfactual_scatter", TORCH_BOX(&shiva::cpu::counterfactual_scatter));

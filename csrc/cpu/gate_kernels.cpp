@@ -61,4 +61,4 @@ void counterfactual_row(
   });
 }
 
-} // namespace shiva::cpu::SHIVA_ISA
+}  // namespace shiva::cpu::SHIVA_ISA

@@ -8,7 +8,7 @@ namespace {
 
 struct Checked {
   Dtype dtype;
-  Tensor index; // int64, contiguous
+  Tensor index;  // int64, contiguous
 };
 
 Checked check(const char* op, const Tensor& x, const Tensor& index, const Tensor& scale, double eps) {
@@ -21,8 +21,7 @@ Checked check(const char* op, const Tensor& x, const Tensor& index, const Tensor
 }
 
 // LayerNorm of the rows index [B, k] of x [B, N, D], * (1 + scale [B, D]) + shift [B, D] -> [B, k, D]
-Tensor gather_modulate(
-    const Tensor& x, const Tensor& index, const Tensor& shift, const Tensor& scale, double eps) {
+Tensor gather_modulate(const Tensor& x, const Tensor& index, const Tensor& shift, const Tensor& scale, double eps) {
   constexpr char op[] = "gather_modulate";
   const auto [dtype, kept] = check(op, x, index, scale, eps);
   check_shape(op, "shift", shift, {x.size(0), x.size(2)});
@@ -86,8 +85,8 @@ std::tuple<Tensor, Tensor, Tensor> gather_modulate_backward(
   return {grad_x, grad_shift, grad_scale};
 }
 
-} // namespace
-} // namespace shiva::cpu
+}  // namespace
+}  // namespace shiva::cpu
 
 STABLE_TORCH_LIBRARY_IMPL(shiva, CPU, m) {
   m.impl("gather_modulate", TORCH_BOX(&shiva::cpu::gather_modulate));

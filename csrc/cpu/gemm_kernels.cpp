@@ -5,8 +5,8 @@
 namespace shiva::cpu::SHIVA_ISA {
 namespace {
 
-constexpr int64_t kRows = 4; // rows that share one read of b
-constexpr int64_t kColumns = 64; // columns whose sums stay in registers
+constexpr int64_t kRows = 4;      // rows that share one read of b
+constexpr int64_t kColumns = 64;  // columns whose sums stay in registers
 
 // out[r, c] = sum over l of a(r, l) * b[l, c] for r < rows <= kRows and c < columns <= kColumns.
 template <typename T, typename A>
@@ -50,7 +50,7 @@ void columns_product(const T* a, const T* b, int64_t begin, int64_t end, int64_t
           smaller(kColumns, end - n), L, out + m * N + n, N);
 }
 
-} // namespace
+}  // namespace
 
 void matmul_rows(
     Dtype dtype, const void* a, const void* b, int64_t begin, int64_t end, int64_t L, int64_t N, void* out) {
@@ -72,4 +72,4 @@ void matmul_transposed_columns(
         static_cast<const float*>(a), static_cast<const float*>(b), begin, end, L, M, N, static_cast<float*>(out));
 }
 
-} // namespace shiva::cpu::SHIVA_ISA
+}  // namespace shiva::cpu::SHIVA_ISA

@@ -10,8 +10,8 @@ namespace {
 Isa best_isa() {
 #if defined(SHIVA_X86)
   __builtin_cpu_init();
-  if (__builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
-      __builtin_cpu_supports("avx512vl") && __builtin_cpu_supports("avx512dq"))
+  if (__builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") && __builtin_cpu_supports("avx512vl") &&
+      __builtin_cpu_supports("avx512dq"))
     return Isa::Avx512;
   if (__builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma")) return Isa::Avx2;
 #endif
@@ -29,11 +29,10 @@ Isa choose_isa() {
           std::string("SHIVA_CPU_CAPABILITY=") + wanted + ", but this processor supports only " + isa_name(best));
     return isa;
   }
-  throw std::runtime_error(
-      std::string("SHIVA_CPU_CAPABILITY must be default, avx2 or avx512, got '") + wanted + "'");
+  throw std::runtime_error(std::string("SHIVA_CPU_CAPABILITY must be default, avx2 or avx512, got '") + wanted + "'");
 }
 
-} // namespace
+}  // namespace
 
 Isa active_isa() {
   static const Isa isa = choose_isa();
@@ -48,4 +47,4 @@ const char* isa_name(Isa isa) {
   }
 }
 
-} // namespace shiva::cpu
+}  // namespace shiva::cpu

@@ -16,23 +16,31 @@ Isa active_isa();
 
 const char* isa_name(Isa isa);
 
-} // namespace shiva::cpu
+}  // namespace shiva::cpu
 
 #if defined(SHIVA_X86)
-#define SHIVA_DECLARE_KERNEL(...)            \
-  namespace isa_default { __VA_ARGS__; }     \
-  namespace isa_avx2 { __VA_ARGS__; }        \
-  namespace isa_avx512 { __VA_ARGS__; }
-#define SHIVA_CALL_KERNEL(name, ...)                                              \
-  do {                                                                            \
-    switch (::shiva::cpu::active_isa()) {                                         \
-      case ::shiva::cpu::Isa::Avx512: isa_avx512::name(__VA_ARGS__); break;       \
-      case ::shiva::cpu::Isa::Avx2: isa_avx2::name(__VA_ARGS__); break;           \
-      default: isa_default::name(__VA_ARGS__);                                    \
-    }                                                                             \
+#define SHIVA_DECLARE_KERNEL(...) \
+  namespace isa_default {         \
+  __VA_ARGS__;                    \
+  }                               \
+  namespace isa_avx2 {            \
+  __VA_ARGS__;                    \
+  }                               \
+  namespace isa_avx512 {          \
+  __VA_ARGS__;                    \
+  }
+#define SHIVA_CALL_KERNEL(name, ...)                                        \
+  do {                                                                      \
+    switch (::shiva::cpu::active_isa()) {                                   \
+      case ::shiva::cpu::Isa::Avx512: isa_avx512::name(__VA_ARGS__); break; \
+      case ::shiva::cpu::Isa::Avx2: isa_avx2::name(__VA_ARGS__); break;     \
+      default: isa_default::name(__VA_ARGS__);                              \
+    }                                                                       \
   } while (0)
 #else
 #define SHIVA_DECLARE_KERNEL(...) \
-  namespace isa_default { __VA_ARGS__; }
+  namespace isa_default {         \
+  __VA_ARGS__;                    \
+  }
 #define SHIVA_CALL_KERNEL(name, ...) isa_default::name(__VA_ARGS__)
 #endif

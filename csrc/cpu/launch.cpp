@@ -40,8 +40,7 @@ Dtype floating_dtype(const char* op, const char* name, const Tensor& t) {
     case ScalarType::Half: return Dtype::Float16;
     case ScalarType::Double: return Dtype::Float64;
     default:
-      SHIVA_CHECK(
-          false, op, name, " must be float32, bfloat16, float16 or float64, got ", dtype_name(t.scalar_type()));
+      SHIVA_CHECK(false, op, name, " must be float32, bfloat16, float16 or float64, got ", dtype_name(t.scalar_type()));
   }
   return Dtype::Float32;
 }
@@ -165,8 +164,8 @@ std::tuple<Tensor, Tensor> split_rows(const Tensor& x, const Tensor& kept) {
 void check_inclusion(const char* op, const Tensor& inclusion, const Tensor& x) {
   check_shape(op, "inclusion", inclusion, {x.size(0), x.size(1)});
   SHIVA_CHECK(
-      inclusion.scalar_type() == accumulate_type(x), op, "inclusion must be ", dtype_name(accumulate_type(x)),
-      ", got ", dtype_name(inclusion.scalar_type()));
+      inclusion.scalar_type() == accumulate_type(x), op, "inclusion must be ", dtype_name(accumulate_type(x)), ", got ",
+      dtype_name(inclusion.scalar_type()));
 }
 
-} // namespace shiva::cpu
+}  // namespace shiva::cpu

@@ -23,8 +23,8 @@ namespace shiva::cpu {
 using torch::headeronly::ScalarType;
 using torch::stable::Tensor;
 
-std::string shape_of(const Tensor& t); // "[2, 16, 8]"
-const char* dtype_name(ScalarType type); // "float32"
+std::string shape_of(const Tensor& t);    // "[2, 16, 8]"
+const char* dtype_name(ScalarType type);  // "float32"
 
 // The op's dtype; raises for anything but float32, bfloat16, float16, float64.
 Dtype floating_dtype(const char* op, const char* name, const Tensor& t);
@@ -52,12 +52,12 @@ constexpr int64_t kSumRows = 64;
 
 // Token rows in memory, strides in bytes.
 struct Rows {
-  char* data; // [B, N, D]
+  char* data;  // [B, N, D]
   int64_t batch_stride;
   int64_t row_stride;
   char* at(int64_t b, int64_t n) const { return data + offset2(b, batch_stride, n, row_stride); }
 };
-Rows rows_of(const Tensor& t); // [B, N, D] or [N, D] (then the batch stride is 0)
+Rows rows_of(const Tensor& t);  // [B, N, D] or [N, D] (then the batch stride is 0)
 
 // position[b, n] = place of token n in index row b, or -1 where it is absent. index is int64 [B, k], contiguous.
 std::vector<int64_t> inverse_index(const Tensor& index, int64_t n);
@@ -84,4 +84,4 @@ void parallel(int64_t count, int64_t cost, const Body& body) {
   torch::stable::parallel_for(0, count, grain, body);
 }
 
-} // namespace shiva::cpu
+}  // namespace shiva::cpu

@@ -26,7 +26,7 @@ Statistics<T> statistics(const T* x, int64_t D, double eps) {
   return {mean, A(1) / static_cast<A>(__builtin_sqrt(square / static_cast<A>(D) + static_cast<A>(eps)))};
 }
 
-} // namespace
+}  // namespace
 
 void modulate_row(
     Dtype dtype, const void* x_row, const void* shift_row, const void* scale_row, int64_t D, double eps,
@@ -38,7 +38,7 @@ void modulate_row(
     const T* scale = static_cast<const T*>(scale_row);
     T* out = static_cast<T*>(out_row);
     const auto [mean, inverse_std] = statistics(x, D, eps);
-    const acc_t<T> m = mean, r = inverse_std; // structured bindings cannot enter the simd loop
+    const acc_t<T> m = mean, r = inverse_std;  // structured bindings cannot enter the simd loop
 #pragma omp simd
     for (int64_t d = 0; d < D; ++d) store(out[d], (load(x[d]) - m) * r * (1 + load(scale[d])) + load(shift[d]));
   });
@@ -123,4 +123,4 @@ void reduce_partials(Dtype dtype, const void* partial_rows, int64_t count, int64
   });
 }
 
-} // namespace shiva::cpu::SHIVA_ISA
+}  // namespace shiva::cpu::SHIVA_ISA

@@ -66,8 +66,8 @@ std::tuple<Tensor, Tensor> residual_gate_backward(
   return {grad_x, grad_inclusion};
 }
 
-} // namespace
-} // namespace shiva::cpu
+}  // namespace
+}  // namespace shiva::cpu
 
 STABLE_TORCH_LIBRARY_IMPL(shiva, CPU, m) {
   m.impl("residual_gate", TORCH_BOX(&shiva::cpu::residual_gate));

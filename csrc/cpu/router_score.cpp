@@ -12,10 +12,10 @@ namespace {
 struct Router {
   Dtype dtype;
   int64_t B, N, D, H;
-  Tensor context; // [B, H]
-  Tensor ln_weight, ln_bias, w_out; // [H]
-  Tensor weight; // [H] = ln_weight * w_out
-  double offset; // <ln_bias, w_out>
+  Tensor context;                    // [B, H]
+  Tensor ln_weight, ln_bias, w_out;  // [H]
+  Tensor weight;                     // [H] = ln_weight * w_out
+  double offset;                     // <ln_bias, w_out>
 };
 
 template <typename T>
@@ -163,7 +163,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> router_score_backward
   Tensor grad_ln_bias = torch::stable::new_empty(x, {r.H}, acc);
   Tensor grad_w_out = torch::stable::new_empty(x, {r.H}, acc);
   const Tensor flat_x = flatten_tokens(r, x);
-  const Tensor hidden = project(r, flat_x, w_in); // becomes the gradient at the pre-activation
+  const Tensor hidden = project(r, flat_x, w_in);  // becomes the gradient at the pre-activation
   const int64_t row_bytes = r.H * static_cast<int64_t>(x.element_size());
   const int64_t acc_bytes = static_cast<int64_t>(dense_grad.element_size());
   parallel(r.B * chunks, 32 * row_bytes * kSumRows, [&](int64_t begin, int64_t end) {
@@ -179,17 +179,20 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> router_score_backward
   });
   const auto sum = acc == ScalarType::Double ? finish<double> : finish<float>;
   sum(r, dense_grad, context_sums, normal_sums, chunks, grad_context, grad_ln_weight, grad_ln_bias, grad_w_out);
-  const Tensor grad_x =
-      torch::stable::reshape(multiply(r, hidden, torch::stable::contiguous(w_in)), {r.B, r.N, r.D});
+  const Tensor grad_x = torch::stable::reshape(multiply(r, hidden, torch::stable::contiguous(w_in)), {r.B, r.N, r.D});
   const Tensor grad_w_in = multiply_transposed(r, hidden, flat_x);
   const auto cast = [](const Tensor& t, const Tensor& like) { return torch::stable::to(t, like.scalar_type()); };
   return {
-      grad_x, cast(grad_context, context), grad_w_in, cast(grad_ln_weight, ln_weight), cast(grad_ln_bias, ln_bias),
+      grad_x,
+      cast(grad_context, context),
+      grad_w_in,
+      cast(grad_ln_weight, ln_weight),
+      cast(grad_ln_bias, ln_bias),
       cast(grad_w_out, w_out)};
 }
 
-} // namespace
-} // namespace shiva::cpu
+}  // namespace
+}  // namespace shiva::cpu
 
 STABLE_TORCH_LIBRARY_IMPL(shiva, CPU, m) {
   m.impl("router_score", TORCH_BOX(&shiva::cpu::router_score));

@@ -25,7 +25,7 @@ void activate(
   *inverse_std = A(1) / static_cast<A>(__builtin_sqrt(square / static_cast<A>(H) + static_cast<A>(eps)));
 }
 
-} // namespace
+}  // namespace
 
 void router_epilogue(
     Dtype dtype, const void* hidden_rows, const void* context_row, const void* weight_row, double offset, int64_t rows,
@@ -86,4 +86,4 @@ void router_epilogue_backward(
   });
 }
 
-} // namespace shiva::cpu::SHIVA_ISA
+}  // namespace shiva::cpu::SHIVA_ISA

@@ -38,7 +38,7 @@ inline void store(double& out, double x) { out = x; }
 inline void store(f16& out, float x) { out.value = static_cast<_Float16>(x); }
 inline void store(bf16& out, float x) {
   const uint32_t bits = __builtin_bit_cast(uint32_t, x);
-  const uint32_t rounded = (bits + 0x7fffu + ((bits >> 16) & 1u)) >> 16; // nearest, ties to even
+  const uint32_t rounded = (bits + 0x7fffu + ((bits >> 16) & 1u)) >> 16;  // nearest, ties to even
   const bool is_nan = (bits & 0x7fffffffu) > 0x7f800000u;
   out.bits = static_cast<uint16_t>(is_nan ? 0x7fc0u : rounded);
 }
@@ -47,7 +47,7 @@ inline void store(bf16& out, float x) {
 inline float exp_clamped(float x) {
   x = x > 88.0f ? 88.0f : x;
   x = x < -87.0f ? -87.0f : x;
-  const float shifted = x * 1.44269504f + 12582912.0f; // 1.5 * 2^23: the integer lands in the low bits
+  const float shifted = x * 1.44269504f + 12582912.0f;  // 1.5 * 2^23: the integer lands in the low bits
   const float n = shifted - 12582912.0f;
   const float r = (x - n * 0.693359375f) + n * 2.12194440e-4f;
   float p = 1.3888889e-3f;
@@ -82,4 +82,4 @@ inline void dispatch(Dtype dtype, Body body) {
   }
 }
 
-} // namespace shiva::cpu::SHIVA_ISA
+}  // namespace shiva::cpu::SHIVA_ISA

@@ -81,8 +81,8 @@ std::tuple<Tensor, Tensor> scatter_residual_backward(
   return {grad_update, grad_gate};
 }
 
-} // namespace
-} // namespace shiva::cpu
+}  // namespace
+}  // namespace shiva::cpu
 
 STABLE_TORCH_LIBRARY_IMPL(shiva, CPU, m) {
   m.impl("scatter_residual", TORCH_BOX(&shiva::cpu::scatter_residual));

@@ -17,7 +17,7 @@ constexpr int64_t kChunk = 256;
 template <typename T>
 struct SortedRow {
   std::vector<T> values;
-  std::vector<int32_t> order; // values[i] = scores[order[i]]
+  std::vector<int32_t> order;  // values[i] = scores[order[i]]
   int64_t low = 0, high = 0;
   bool has_nan = false;
 };
@@ -144,8 +144,8 @@ Tensor soft_rank_backward(const Tensor& grad, const Tensor& scores, double tau) 
   return torch::stable::to(out, scores.scalar_type());
 }
 
-} // namespace
-} // namespace shiva::cpu
+}  // namespace
+}  // namespace shiva::cpu
 
 STABLE_TORCH_LIBRARY_IMPL(shiva, CPU, m) {
   m.impl("soft_rank", TORCH_BOX(&shiva::cpu::soft_rank));

@@ -13,7 +13,7 @@ namespace {
 constexpr int64_t kChunk = 1024;
 
 template <typename T>
-int64_t lower_bound(const T* sorted, int64_t n, T value) { // first i with sorted[i] >= value
+int64_t lower_bound(const T* sorted, int64_t n, T value) {  // first i with sorted[i] >= value
   int64_t low = 0;
   while (n > 0) {
     const int64_t half = n / 2;
@@ -30,15 +30,14 @@ int64_t lower_bound(const T* sorted, int64_t n, T value) { // first i with sorte
 // Calls row_sum(i, a, first, last) for each i in [begin, end), where a[j - first] holds the exponentials of the
 // tokens [first, last) that are within reach of i; tokens below first count 0, tokens from last on count 1.
 template <typename T, typename RowSum>
-void for_each_window(
-    const T* sorted, int64_t n, int64_t begin, int64_t end, T tau, T* scratch, const RowSum& row_sum) {
+void for_each_window(const T* sorted, int64_t n, int64_t begin, int64_t end, T tau, T* scratch, const RowSum& row_sum) {
   const T reach = SigmoidWindow<T>::kReach * tau;
   while (begin < end) {
     int64_t stop = begin + 1;
     while (stop < end && sorted[stop] - sorted[begin] <= SigmoidWindow<T>::kBlockSpan * tau) ++stop;
     const int64_t first = lower_bound(sorted, n, sorted[begin] - reach);
     int64_t last = lower_bound(sorted, n, sorted[stop - 1] + reach);
-    while (last < n && sorted[last] == sorted[stop - 1]) ++last; // reach underflowed to zero
+    while (last < n && sorted[last] == sorted[stop - 1]) ++last;  // reach underflowed to zero
     const T center = sorted[begin + (stop - begin) / 2];
 #pragma omp simd
     for (int64_t j = first; j < last; ++j) scratch[j - first] = exp_clamped((sorted[j] - center) / tau);
@@ -59,7 +58,7 @@ void forward(const T* sorted, int64_t n, int64_t begin, int64_t end, T tau, T* s
       for (int64_t l = j; l < stop; ++l) sum += a[l] / (a[l] + ai);
       total += sum;
     }
-    rank[i] = static_cast<T>(0.5 + total); // the pair (i, i) added exactly one half
+    rank[i] = static_cast<T>(0.5 + total);  // the pair (i, i) added exactly one half
   });
 }
 
@@ -91,27 +90,24 @@ const T* as(const void* pointer) {
   return static_cast<const T*>(pointer);
 }
 
-} // namespace
+}  // namespace
 
 void soft_rank_range(
     Dtype dtype, const void* sorted, int64_t n, int64_t begin, int64_t end, double tau, void* scratch, void* rank) {
   if (dtype == Dtype::Float64)
     forward<double>(as<double>(sorted), n, begin, end, tau, as<double>(scratch), as<double>(rank));
   else
-    forward<float>(
-        as<float>(sorted), n, begin, end, static_cast<float>(tau), as<float>(scratch), as<float>(rank));
+    forward<float>(as<float>(sorted), n, begin, end, static_cast<float>(tau), as<float>(scratch), as<float>(rank));
 }
 
 void soft_rank_backward_range(
     Dtype dtype, const void* sorted, const void* grad, int64_t n, int64_t begin, int64_t end, double tau, void* scratch,
     void* out) {
   if (dtype == Dtype::Float64)
-    backward<double>(
-        as<double>(sorted), as<double>(grad), n, begin, end, tau, as<double>(scratch), as<double>(out));
+    backward<double>(as<double>(sorted), as<double>(grad), n, begin, end, tau, as<double>(scratch), as<double>(out));
   else
     backward<float>(
-        as<float>(sorted), as<float>(grad), n, begin, end, static_cast<float>(tau), as<float>(scratch),
-        as<float>(out));
+        as<float>(sorted), as<float>(grad), n, begin, end, static_cast<float>(tau), as<float>(scratch), as<float>(out));
 }
 
-} // namespace shiva::cpu::SHIVA_ISA
+}  // namespace shiva::cpu::SHIVA_ISA

@@ -9,8 +9,7 @@ namespace {
 // x [B, N, D], or [N, D] shared by all rows of index [B, k] -> [B, k, D]
 Tensor token_gather(const Tensor& x, const Tensor& index) {
   constexpr char op[] = "token_gather";
-  SHIVA_CHECK(
-      x.dim() == 3 || x.dim() == 2, op, "x must have shape [B, N, D] or [N, D], got ", shape_of(x));
+  SHIVA_CHECK(x.dim() == 3 || x.dim() == 2, op, "x must have shape [B, N, D] or [N, D], got ", shape_of(x));
   check_dim(op, "x", x, x.dim());
   floating_dtype(op, "x", x);
   const int64_t N = x.size(x.dim() - 2), D = x.size(x.dim() - 1);
@@ -67,8 +66,8 @@ Tensor token_gather_backward(const Tensor& grad, const Tensor& index, int64_t n,
   return out;
 }
 
-} // namespace
-} // namespace shiva::cpu
+}  // namespace
+}  // namespace shiva::cpu
 
 STABLE_TORCH_LIBRARY_IMPL(shiva, CPU, m) {
   m.impl("token_gather", TORCH_BOX(&shiva::cpu::token_gather));

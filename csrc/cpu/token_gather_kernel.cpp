@@ -20,4 +20,4 @@ void sum_rows(
   });
 }
 
-} // namespace shiva::cpu::SHIVA_ISA
+}  // namespace shiva::cpu::SHIVA_ISA

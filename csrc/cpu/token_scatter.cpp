@@ -36,7 +36,8 @@ void token_scatter_(Tensor base, const Tensor& index, const Tensor& src) {
   const Tensor kept = check_scatter(op, base, index, src);
   for (int64_t d = 0; d < 3; ++d)
     SHIVA_CHECK(
-        base.size(d) <= 1 || base.stride(d) != 0, op, "base is expanded, its rows share memory; call it on base.clone()");
+        base.size(d) <= 1 || base.stride(d) != 0, op,
+        "base is expanded, its rows share memory; call it on base.clone()");
   const int64_t row_bytes = base.size(2) * static_cast<int64_t>(base.element_size());
   const Tensor dense = with_dense_channels(base);
   write_rows(rows_of(dense), kept, src, row_bytes);
@@ -52,8 +53,8 @@ std::tuple<Tensor, Tensor> token_scatter_backward(const Tensor& grad, const Tens
   return split_rows(grad, kept);
 }
 
-} // namespace
-} // namespace shiva::cpu
+}  // namespace
+}  // namespace shiva::cpu
 
 STABLE_TORCH_LIBRARY_IMPL(shiva, CPU, m) {
   m.impl("token_scatter", TORCH_BOX(&shiva::cpu::token_scatter));

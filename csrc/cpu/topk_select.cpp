@@ -34,7 +34,7 @@ std::tuple<Tensor, Tensor> topk_select(const Tensor& scores, int64_t k) {
   return {kept, rejected};
 }
 
-} // namespace
-} // namespace shiva::cpu
+}  // namespace
+}  // namespace shiva::cpu
 
 STABLE_TORCH_LIBRARY_IMPL(shiva, CPU, m) { m.impl("topk_select", TORCH_BOX(&shiva::cpu::topk_select)); }

@@ -61,7 +61,7 @@ void select(const T* scores, int64_t n, int64_t k, Key* keys, int64_t* kept, int
   }
 }
 
-} // namespace
+}  // namespace
 
 void topk_select_row(
     Dtype dtype, const void* scores, int64_t n, int64_t k, void* keys, int64_t* kept, int64_t* rejected) {
@@ -74,4 +74,4 @@ void topk_select_row(
   });
 }
 
-} // namespace shiva::cpu::SHIVA_ISA
+}  // namespace shiva::cpu::SHIVA_ISA

@@ -7,6 +7,7 @@
 
 namespace shiva::cpu {
 // One row: scores[n] of dtype -> kept[k], rejected[n - k], both ascending. 0 < k < n. keys: scratch of 16 n bytes.
-SHIVA_DECLARE_KERNEL(void topk_select_row(
-    Dtype dtype, const void* scores, int64_t n, int64_t k, void* keys, int64_t* kept, int64_t* rejected))
-} // namespace shiva::cpu
+SHIVA_DECLARE_KERNEL(
+    void topk_select_row(
+        Dtype dtype, const void* scores, int64_t n, int64_t k, void* keys, int64_t* kept, int64_t* rejected))
+}  // namespace shiva::cpu

@@ -2,9 +2,9 @@
 
 import pytest
 import torch
+from models.tiny import make_inputs, make_model, run_by_hand
 from scipy import stats
 
-from models.tiny import make_inputs, make_model, run_by_hand
 from shiva_ext.bench.estimators import compare, probe
 from shiva_ext.bench.trial import _config
 

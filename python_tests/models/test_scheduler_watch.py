@@ -111,6 +111,14 @@ def test_a_bare_call_after_an_interrupted_run_reads_its_own_timestep(pipe):
     assert counts(handle) == announced(TABLE, torch.tensor([40.0]))
 
 
+def test_a_bare_call_after_a_guided_run_is_not_a_pair(pipe):
+    handle = shiva_ext.enable(pipe, make_artifact(TABLE))
+    pipe(**pipeline_inputs(guidance=4.0))
+    handle.record()
+    pipe.transformer(**make_inputs(batch=3))
+    assert handle.records[0]["kept"][1].shape[0] == 3
+
+
 def test_an_error_inside_the_transformer_leaves_a_usable_model(pipe):
     handle = shiva_ext.enable(pipe, make_artifact(TABLE))
     wanted = pipe(**pipeline_inputs())[0]

@@ -5,7 +5,7 @@ import torch
 
 import shiva_ext
 from shiva_ext.evaluation.flops import sd3_forward_flops
-from shiva_ext.selection import LargestNormSelector
+from shiva_ext.selection import LargestNormSelector, RatioTable
 
 from .tiny import LAYERS, TEXT, N, make_artifact, make_model, pipeline_inputs, varying_table
 
@@ -27,6 +27,18 @@ def test_the_mean_ratio_counts_the_pruned_layers_alone(model):
     cells = [k for sigma in table.sigmas for k in table.tokens(sigma, N)[1:]]
     assert summary.mean_ratio == pytest.approx(sum(cells) / len(cells) / N)
     assert summary.mean_ratio == pytest.approx(table.mean())
+
+
+@pytest.mark.parametrize("num_tokens", [7, 100, 4096])
+def test_a_ratio_of_k_tokens_keeps_k_and_never_none(model, num_tokens):
+    counts = torch.randint(1, num_tokens + 1, (50, LAYERS), generator=torch.Generator().manual_seed(0))
+    counts[:, 0] = num_tokens
+    table = RatioTable([row / 50 for row in range(50)], counts / num_tokens)
+    shiva_ext.enable(model, make_artifact(table))
+    summary = shiva_ext.summary(model, num_tokens=num_tokens, steps=table.sigmas)
+    assert summary.kept == tuple(map(tuple, counts.tolist()))
+    shiva_ext.enable(model, make_artifact(), ratio=1e-3)
+    assert shiva_ext.summary(model, num_tokens=num_tokens, steps=1).kept[0][1] == max(1, num_tokens // 1000)
 
 
 def test_the_flops_are_those_of_the_settings(model):

@@ -72,7 +72,7 @@ def make_artifact(table: RatioTable | float = 0.6, num_layers: int = LAYERS, see
 
 @torch.no_grad()
 def run_by_hand(model, kept: dict, inputs: dict) -> tuple[torch.Tensor, list[torch.Tensor]]:
-    """What a dense SD3 model gives if each block sees only the image tokens kept[layer] [B,k], written out with indexing.
+    """What a dense SD3 model gives if each block sees the image tokens kept[layer] [B,k] alone, written with indexing.
 
     Returns:
         the output, and the image tokens [B,N,D] at the entry of each block and after the last one.
