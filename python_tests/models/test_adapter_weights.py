@@ -4,13 +4,14 @@ import warnings
 
 import pytest
 import torch
+from diffusers import FlowMatchEulerDiscreteScheduler
 from peft import LoraConfig, get_peft_model_state_dict
 from safetensors.torch import save_file
 
 import shiva_ext
 from shiva_ext import adapter_weights
 
-from .tiny import WIDTH, assert_unchanged, make_artifact, make_inputs, make_model, snapshot
+from .tiny import WIDTH, assert_unchanged, make_artifact, make_inputs, make_model, make_pipeline, snapshot
 
 TARGETS = ["attn.to_q", "attn.to_out.0", "attn.add_k_proj", "ff.net.0.proj", "ff.net.2", "ff_context.net.2"]
 
@@ -194,6 +195,24 @@ def test_an_adapter_of_another_model_is_refused_and_the_model_untouched(layers, 
     with pytest.raises(ValueError, match=f"trained for another model: {lacks}.*adapter=False"):
         shiva_ext.enable(model, make_artifact(num_layers=layers, adapter=tmp_path / "adapter"))
     assert_unchanged(model, before)
+
+
+class SealedScheduler(FlowMatchEulerDiscreteScheduler):
+    def __setattr__(self, name, value):
+        if name in ("set_timesteps", "step"):
+            raise AttributeError("sealed")
+        super().__setattr__(name, value)
+
+
+def test_an_error_after_the_merge_undoes_it(tmp_path, model):
+    make_adapter(tmp_path / "adapter")
+    pipe = make_pipeline(model, scheduler=SealedScheduler())
+    before = snapshot(model)
+    with pytest.raises(AttributeError, match="sealed"):
+        shiva_ext.enable(pipe, make_artifact(adapter=tmp_path / "adapter"))
+    assert_unchanged(model, before)
+    with pytest.raises(RuntimeError, match="not enabled"):
+        shiva_ext.get_handle(model)
 
 
 def test_merging_draws_no_random_numbers(tmp_path, model):
