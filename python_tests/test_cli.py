@@ -15,7 +15,7 @@ def test_info_prints_the_build(capsys):
     assert json.loads(capsys.readouterr().out)["version"] == shiva_ext.__version__
 
 
-def test_no_command_shows_the_usage(capsys):
+def test_without_a_command_the_commands_are_named(capsys):
     with pytest.raises(SystemExit):
         main([])
     assert "train" in capsys.readouterr().err

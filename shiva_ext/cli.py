@@ -79,7 +79,7 @@ def parser() -> argparse.ArgumentParser:
     from .testbed.train_shiva import TESTBED_CONFIG
 
     root = argparse.ArgumentParser(prog="shiva", description=__doc__)
-    commands = root.add_subparsers(required=True, metavar="command")
+    commands = root.add_subparsers(required=True, dest="command")
 
     train = commands.add_parser("train", help="train the testbed's models").add_subparsers(
         required=True, metavar="what"
@@ -98,7 +98,7 @@ def parser() -> argparse.ArgumentParser:
             sub.add_argument("--control", action="store_true", help="fine-tune densely instead, as the control")
         sub.set_defaults(run=run)
 
-    bench = commands.add_parser("bench", help="small experiments").add_subparsers(required=True, metavar="what")
+    bench = commands.add_parser("bench", help="small experiments").add_subparsers(required=True, dest="what")
     sub = bench.add_parser("synthetic", help="the paper's synthetic task (A.3)")
     sub.add_argument("--seeds", type=int, default=5)
     sub.add_argument("--out", default="results")
@@ -119,7 +119,7 @@ def parser() -> argparse.ArgumentParser:
     sub.add_argument("--data-dir")
     sub.set_defaults(run=_bench_trial)
 
-    report = commands.add_parser("report", help="evaluations").add_subparsers(required=True, metavar="what")
+    report = commands.add_parser("report", help="evaluations").add_subparsers(required=True, dest="what")
     sub = report.add_parser("testbed", help="every method on the testbed: quality, cost and time")
     sub.add_argument("--samples", type=int, default=2000)
     sub.add_argument("--seeds", type=int, default=3)

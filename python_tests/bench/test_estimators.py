@@ -53,8 +53,8 @@ def test_the_table_holds_cosine_and_spearman_of_each_group(probed):
     truth, mask = result["truth"][1][0], result["kept_mask"][1][0]
     for name, row in table.items():
         estimate = result[name][1][0]
-        wanted = stats.spearmanr(estimate[~mask], truth[~mask]).statistic
         if "spearman rejected" in row:
+            wanted = stats.spearmanr(estimate[~mask], truth[~mask]).statistic
             assert row["spearman rejected"] == pytest.approx(wanted, abs=1e-6)
         wanted = torch.dot(estimate, truth) / (estimate.norm() * truth.norm())
         assert row["cosine all"] == pytest.approx(wanted.item(), abs=1e-5)

@@ -60,7 +60,7 @@ def test_static_shapes_make_one_graph_for_each_row_of_counts(small):
 def test_the_pipeline_runs_compiled_and_equals_eager(small):
     pipe = make_pipeline(small)
     handle = shiva_ext.enable(pipe, make_artifact(TABLE, **ARTIFACT))
-    options = [dict(steps=6), dict(steps=3, guidance=1.0), dict(steps=3, prompts=2), dict(steps=3, size=12)]
+    options = [dict(steps=6), dict(guidance=1.0), dict(prompts=2, size=12)]
     wanted = [pipe(**pipeline_inputs(**each))[0] for each in options]
     counter = CompileCounter()
     pipe.transformer = torch.compile(small, fullgraph=True, backend=counter)
