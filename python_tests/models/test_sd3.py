@@ -187,3 +187,18 @@ def test_samples_at_different_noise_levels_are_an_error_that_says_so(model, arti
     shiva_ext.enable(model, artifact)
     with pytest.raises(ValueError, match="noise levels from 0.3000 to 0.7000.*once per level"):
         model(**inputs)
+
+
+def test_one_timestep_may_serve_a_whole_batch(model, artifact, inputs):
+    with torch.no_grad(), shiva_ext.enable(model, artifact):
+        expected = model(**inputs)[0]
+        actual = model(**inputs | {"timestep": inputs["timestep"][:1]})[0]
+    torch.testing.assert_close(actual, expected)
+
+
+@pytest.mark.parametrize("source", ["router", "norm"])
+def test_a_float64_model_works_with_a_float32_router(model, artifact, inputs, source):
+    model = model.double()
+    inputs = {k: v.double() if torch.is_tensor(v) else v for k, v in inputs.items()}
+    with torch.no_grad(), shiva_ext.enable(model, artifact if source == "router" else LargestNormSelector(0.6)):
+        assert model(**inputs)[0].dtype == torch.float64

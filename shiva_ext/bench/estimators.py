@@ -211,7 +211,7 @@ def run(images: int = 24, out_dir: str | os.PathLike = "results", model_dir=None
         table.add_column(column, justify="right")
     for name, row in content["estimates"].items():
         table.add_row(name, *(f"{row[c]:+.2f}" if c in row else "-" for c in columns))
-    Console().print(table)
+    Console(width=120).print(table)
     out_dir = Path(out_dir)
     out_dir.mkdir(parents=True, exist_ok=True)
     temporary = out_dir / "estimators.json.tmp"

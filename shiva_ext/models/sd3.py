@@ -25,6 +25,7 @@ class SD3Adapter(ModelAdapter):
 
     def conditioning(self, transformer: nn.Module, arguments: dict) -> Conditioning:
         timestep, pooled = arguments["timestep"], arguments["pooled_projections"]
+        timestep = timestep.expand(len(pooled))  # one timestep may serve the whole batch
         embed = transformer.time_text_embed
         sinusoid = embed.time_proj(timestep).to(pooled.dtype)
         return Conditioning(timestep, embed.timestep_embedder(sinusoid), embed.text_embedder(pooled))

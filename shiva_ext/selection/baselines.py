@@ -70,5 +70,5 @@ class LargestNormSelector:
         self.ratio = ratio
 
     def scores(self, layer: int, x: Tensor, sigma: float) -> Tensor:
-        """Norms of x [B,N,D], as [B,N] float32; layer and sigma do not matter."""
-        return torch.linalg.vector_norm(x, dim=-1, dtype=torch.float32)
+        """Norms of x [B,N,D], as [B,N] float32 (float64 for float64 x); layer and sigma do not matter."""
+        return torch.linalg.vector_norm(x, dim=-1, dtype=torch.promote_types(x.dtype, torch.float32))

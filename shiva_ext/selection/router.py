@@ -122,7 +122,7 @@ class ShivaRouter(nn.Module):
             if tuple(tensor.shape) != wanted:
                 raise ValueError(f"ShivaRouter: {name} has shape {tuple(tensor.shape)}, wanted {wanted}")
 
-        wide = torch.promote_types(router.proj_x.weight.dtype, torch.float32)
+        wide = torch.promote_types(x.dtype, torch.float32)
         with torch.autocast(x.device.type, enabled=False):
             context = router.proj_x.bias.to(wide) + sum(
                 embedding.to(wide) @ projection.weight.to(wide).T

@@ -90,4 +90,4 @@ def print_table(lines: list[dict], console: Console | None = None) -> None:
             _number(line["seconds"], ".3f"),
             _number(line["speed_up"], ".2f") + "×",
         )
-    (console or Console()).print(table)
+    (console or Console(width=150)).print(table)
