@@ -67,10 +67,9 @@ def _repeat(inputs: dict, row: int, count: int) -> dict:
 
 
 @torch.no_grad()
-def _true_values(transformer, state, kept, layer, target, inputs, base: Tensor, batch_size: int) -> Tensor:
+def _true_values(transformer, state, N, kept, layer, target, inputs, base: Tensor, batch_size: int) -> Tensor:
     """c [B,N] of one layer, by one forward pass per token."""
     B, k = kept[layer].shape
-    N = state.num_probe_tokens
     result = torch.empty(B, N)
     for row in range(B):
         chosen = torch.zeros(N, dtype=torch.bool)
@@ -124,7 +123,6 @@ def probe(
     try:
         teacher = run_teacher(transformer, state, **inputs)
         B, N, _ = teacher.tokens[1][0].shape
-        state.num_probe_tokens = N
         generator = torch.Generator().manual_seed(seed)
         kept = {}
         for layer in layers:
@@ -147,7 +145,7 @@ def probe(
             base = _losses(transformer, state, _Choice(state, kept), teacher.output, inputs)
         for layer in tqdm(layers, desc="flipping tokens", leave=False):
             result["truth"][layer] = _true_values(
-                transformer, state, kept, layer, teacher.output, inputs, base, batch_size
+                transformer, state, N, kept, layer, teacher.output, inputs, base, batch_size
             )
     finally:
         hooks.detach(transformer)
