@@ -19,6 +19,7 @@ from tqdm import tqdm
 
 import shiva_ext
 from shiva_ext.evaluation.flops import sd3_forward_flops
+from shiva_ext.evaluation.overhead import share_of_ops
 from shiva_ext.models import adapter_for
 from shiva_ext.selection import RatioTable, ShivaRouter
 
@@ -46,19 +47,6 @@ def build(layers: int) -> SD3Transformer2DModel:
         for tensor in (*model.parameters(), *model.buffers()):
             tensor.normal_(0, 0.02)
     return model.eval()
-
-
-def share_of_ops(step) -> dict[str, float]:
-    """Share of one step's time in each op of this library, from torch's profiler."""
-    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU]) as profiler:
-        started = time.perf_counter()
-        step()
-        total = time.perf_counter() - started
-    return {
-        event.key.removeprefix("shiva::"): event.cpu_time_total / 1e6 / total
-        for event in profiler.key_averages()
-        if event.key.startswith("shiva::")
-    }
 
 
 @torch.no_grad()

@@ -1,10 +1,11 @@
 """What an enabled model keeps, layer by layer and step by step, and what that saves."""
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 from .api import get_handle
 from .evaluation.flops import sd3_forward_flops
+from .evaluation.overhead import share_of_ops
 
 
 @dataclass(frozen=True)
@@ -18,6 +19,7 @@ class Summary:
         flops: operations of each step's forward for one sample, S of them.
         dense_flops: the same for the dense model.
         hooked: hooked layers.
+        op_shares: share of the time that each of the package's ops took, if a run was measured, else None.
     """
 
     num_tokens: int
@@ -26,6 +28,7 @@ class Summary:
     flops: tuple[int, ...]
     dense_flops: int
     hooked: int
+    op_shares: dict[str, float] | None = None
 
     @property
     def mean_ratio(self) -> float:
@@ -49,11 +52,19 @@ class Summary:
         ]
         for sigma, row in zip(self.sigmas, self.kept, strict=True):
             lines.append(f"{sigma:.3f}  " + " ".join(f"{k:<5}" for k in row))
+        if self.op_shares is not None:
+            total = sum(self.op_shares.values())
+            each = ", ".join(f"{name} {share:.2%}" for name, share in self.op_shares.items())
+            lines.append(f"share of time: {total:.2%} in the package's ops ({each or 'none ran'})")
         return "\n".join(lines)
 
 
 def summary(
-    pipe_or_transformer, num_tokens: int | None = None, steps: int | Sequence[float] = 8, text_tokens: int = 77
+    pipe_or_transformer,
+    num_tokens: int | None = None,
+    steps: int | Sequence[float] = 8,
+    text_tokens: int = 77,
+    run: Callable[[], object] | None = None,
 ) -> Summary:
     """Kept and total tokens and operations of an enabled model.
 
@@ -62,15 +73,18 @@ def summary(
         num_tokens: image tokens; by default those of the model's ``sample_size``.
         steps: noise levels, or how many of them spread evenly over (0, 1].
         text_tokens: prompt tokens that run with the image.
+        run: a call of the model or pipeline, such as ``lambda: pipe("a cat")``; it is made once, under torch's
+            profiler, to measure the share of time that selection takes. Not for compiled models, whose profile is their
+            compiler's.
 
     Raises:
         RuntimeError: the model is not enabled.
         ValueError: there are no steps, or a noise level is outside [0, 1].
     """
     handle = get_handle(pipe_or_transformer)
-    state, config = handle.state, handle.transformer.config
+    state = handle.state
     if num_tokens is None:
-        num_tokens = (config.sample_size // config.patch_size) ** 2
+        num_tokens = state.adapter.num_tokens(handle.transformer)
     sigmas = [1 - i / steps for i in range(steps)] if isinstance(steps, int) else list(steps)
     if not sigmas:
         raise ValueError(f"shiva_ext: steps is {steps!r}, wanted at least one noise level")
@@ -94,4 +108,5 @@ def summary(
         tuple(flops(row) for row in kept),
         sd3_forward_flops(handle.transformer, text_tokens, num_tokens),
         handle.num_hooked,
+        None if run is None else share_of_ops(run),
     )

@@ -114,7 +114,7 @@ def _selector(source, transformer: nn.Module, ratio: float | None, budget: float
     if ratio is not None:
         source = replace(source, table=RatioTable.fixed(ratio, dims["num_layers"], source.first_layer))
     if budget is not None:
-        source = replace(source, table=source.table.with_budget(budget, num_tokens=4096))
+        source = replace(source, table=source.table.with_budget(budget, num_tokens=adapter.num_tokens(transformer)))
     return source
 
 

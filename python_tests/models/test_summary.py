@@ -7,7 +7,7 @@ import shiva_ext
 from shiva_ext.evaluation.flops import sd3_forward_flops
 from shiva_ext.selection import LargestNormSelector, RatioTable
 
-from .tiny import LAYERS, TEXT, N, make_artifact, make_model, pipeline_inputs, varying_table
+from .tiny import LAYERS, TEXT, N, make_artifact, make_inputs, make_model, pipeline_inputs, varying_table
 
 
 def test_the_counts_are_those_of_a_run(pipe):
@@ -91,3 +91,21 @@ def test_what_it_needs_is_said_clearly(artifact):
             shiva_ext.summary(model, steps=steps)
     with pytest.raises(ValueError, match="noise level in \\[0, 1\\]"):
         shiva_ext.summary(model, steps=[torch.tensor(500.0).item()])
+
+
+def test_a_measured_run_tells_the_share_of_each_op(model, artifact):
+    shiva_ext.enable(model, artifact, ratio=0.5)
+    assert shiva_ext.summary(model).op_shares is None
+    calls = []
+
+    def run():
+        calls.append(model(**make_inputs()))
+
+    summary = shiva_ext.summary(model, run=run)
+    assert len(calls) == 1
+    assert set(summary.op_shares) == {"router_score", "topk_select", "token_gather", "token_scatter"}
+    shares = list(summary.op_shares.values())
+    assert shares == sorted(shares, reverse=True) and 0 < min(shares) and sum(shares) < 1
+    assert str(summary).splitlines()[-1].startswith(f"share of time: {sum(shares):.2%} in the package's ops (")
+    shiva_ext.enable(model, artifact, ratio=1.0)
+    assert shiva_ext.summary(model, run=run).op_shares == {}

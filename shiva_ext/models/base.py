@@ -37,6 +37,10 @@ class ModelAdapter(ABC):
         """``dim``, ``temb_dim``, ``pooled_dim`` and ``num_layers``, as a router is configured with."""
 
     @abstractmethod
+    def num_tokens(self, transformer: nn.Module) -> int:
+        """Image tokens N at the size that the model's configuration names."""
+
+    @abstractmethod
     def conditioning(self, transformer: nn.Module, arguments: dict) -> Conditioning:
         """The embeddings of a forward call with these named arguments."""
 

@@ -23,6 +23,9 @@ class SD3Adapter(ModelAdapter):
         D = transformer.inner_dim
         return dict(dim=D, temb_dim=D, pooled_dim=D, num_layers=len(transformer.transformer_blocks))
 
+    def num_tokens(self, transformer: nn.Module) -> int:
+        return (transformer.config.sample_size // transformer.config.patch_size) ** 2
+
     def conditioning(self, transformer: nn.Module, arguments: dict) -> Conditioning:
         timestep, pooled = arguments["timestep"], arguments["pooled_projections"]
         timestep = timestep.expand(len(pooled))  # one timestep may serve the whole batch

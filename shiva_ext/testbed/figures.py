@@ -39,23 +39,25 @@ def draw_report(lines: list[dict], samples: list[torch.Tensor], file: str | os.P
     """
     figure = Figure(figsize=(15, 0.62 * len(lines) + 2), layout="constrained")
     scatter, strips = figure.subplots(1, 2, width_ratios=(1, 1.25))
-    for line in lines:
+    # Points are numbered, and the strips name the numbers: names beside the points would cover other points.
+    for number, line in enumerate(lines, 1):
         colour = COLOURS.get(line["group"], COLOURS["other"])
         scatter.errorbar(line["speed_up"], line["fid"], line["fid_sd"] or 0, fmt="o", color=colour, capsize=3)
         scatter.annotate(
-            line["name"], (line["speed_up"], line["fid"]), xytext=(5, 5), textcoords="offset points", color=colour
+            number, (line["speed_up"], line["fid"]), xytext=(5, 5), textcoords="offset points", color=colour
         )
     scatter.set_xlabel("speed-up over dense (measured)")
     scatter.set_ylabel("classifier-FID (lower is better)")
     scatter.set_yscale("log")
     scatter.yaxis.set_major_formatter("{x:g}")
     scatter.yaxis.set_minor_formatter("{x:g}")
-    scatter.margins(x=0.35, y=0.15)
+    scatter.margins(x=0.1, y=0.1)
     scatter.grid(alpha=0.3, which="both")
     sheet = np.concatenate([to_sheet(images) for images in samples])
     strips.imshow(sheet, cmap="gray", vmin=0, vmax=255, aspect="auto")
     edge = samples[0].shape[-1]
-    strips.set_yticks([edge * (row + 0.5) for row in range(len(lines))], [line["name"] for line in lines])
+    names = [f"{line['name']}   {number}" for number, line in enumerate(lines, 1)]
+    strips.set_yticks([edge * (row + 0.5) for row in range(len(lines))], names)
     strips.set_xticks([edge * (column + 0.5) for column in range(len(CLASSES))], CLASSES, rotation=45, ha="right")
     strips.tick_params(length=0)
     strips.set_frame_on(False)

@@ -15,7 +15,7 @@ from .model import NULL_PROMPT, load_model
 TESTBED_CONFIG = TrainConfig(
     router_steps=300,
     policy_steps=150,
-    joint_steps=600,
+    joint_steps=2000,
     batch_size=16,
     micro_batches=2,
     lr_router=2e-3,
@@ -25,6 +25,8 @@ TESTBED_CONFIG = TrainConfig(
     diffusion_weight=0.5,
     output_weight=1.0,
     feature_weight=0.1,
+    # At 1 the policy stays well above the budget until late, and the adapters are tuned to the wrong counts.
+    budget_weight=5.0,
     adapter_rank=32,
 )
 

@@ -23,6 +23,7 @@ from shiva_ext.selection import BudgetLoss, RatioPolicy, RatioTable, ShivaRouter
 
 from .config import ADAPTER_TARGETS, TrainConfig
 from .losses import distillation_loss, distilled_layers
+from .merged_adapters import multiply_merged
 from .sampling import shared_ratios, stratified_ratios, stratified_timesteps
 from .stages import run_student, run_teacher
 
@@ -89,6 +90,7 @@ class ShivaTrainer:
         rank = self.config.adapter_rank
         self.lora = LoraConfig(r=rank, lora_alpha=rank, use_dora=True, target_modules=ADAPTER_TARGETS, lora_dropout=0.0)
         adapter_weights.inject(self.transformer, self.lora)
+        multiply_merged(self.transformer, adapter_weights.NAME)
 
     def _groups(self, stage: str) -> list[dict]:
         config = self.config
@@ -211,7 +213,9 @@ class ShivaTrainer:
             table = RatioTable.fixed(1.0, self.num_layers)
         else:
             levels = [(i + 1) / config.table_levels for i in range(config.table_levels)]
-            table = RatioTable.from_policy(self.policy, levels).with_budget(config.budget, num_tokens=256)
+            table = RatioTable.from_policy(self.policy, levels).with_budget(
+                config.budget, self.state.adapter.num_tokens(self.transformer)
+            )
         adapter = None
         if self.lora is not None:
             adapter = folder / ADAPTER_NAME
