@@ -2,6 +2,8 @@
 PYTHON ?= python3
 # A CPU build serves the demo and the tests; any torch >= 2.10 works, e.g. TORCH="torch==2.14.1".
 TORCH ?= torch==2.13.0
+# The CUDA kernels take long to compile and a CPU torch cannot use them: AUTO or ON builds them.
+SHIVA_WITH_CUDA ?= OFF
 VENV := .venv
 BIN := $(VENV)/bin
 READY := $(VENV)/.ready
@@ -32,7 +34,8 @@ $(VENV)/.deps: pyproject.toml
 
 $(READY): $(VENV)/.deps $(SOURCES)
 	@echo "== compiling and installing shiva_ext =="
-	$(BIN)/python -m pip install --quiet --no-build-isolation --editable ".[test]"
+	$(BIN)/python -m pip install --quiet --no-build-isolation --editable ".[test]" \
+		--config-settings=cmake.define.SHIVA_WITH_CUDA=$(SHIVA_WITH_CUDA)
 	@touch $@
 
 lint: build

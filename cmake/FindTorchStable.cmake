@@ -23,3 +23,4 @@ target_compile_definitions(torch_stable INTERFACE
   "TORCH_TARGET_VERSION=((${_major}ULL << 56) | (${_minor}ULL << 48))")
 target_link_libraries(torch_stable INTERFACE ${_torch_dir}/lib/libtorch_cpu.so)
 message(STATUS "shiva_ext: torch headers from ${_torch_dir}, stable ABI target ${SHIVA_TORCH_TARGET}")
+set(SHIVA_TORCH_LIB ${_torch_dir}/lib)

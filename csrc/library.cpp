@@ -1,5 +1,4 @@
-// Every op's schema. Shapes: B batch rows, N tokens, D channels, k kept tokens, H router width.
-// Semantics: shiva_ext/reference.py. Autograd, fake kernels and autocast: shiva_ext/_registrations.py.
+// The library torch.ops.shiva, and the module _C that describes the build.
 #include <pybind11/pybind11.h>
 #include <pybind11/stl.h>
 #include <torch/csrc/stable/library.h>
@@ -10,59 +9,9 @@
 #include <vector>
 
 #include "cpu/isa.h"
+#include "schemas.h"
 
-STABLE_TORCH_LIBRARY(shiva, m) {
-  // The k best of scores [B, N] and the rest, int64 [B, k] and [B, N - k], both ascending; ties keep the smaller index.
-  m.def("topk_select(Tensor scores, SymInt k) -> (Tensor kept, Tensor rejected)");
-
-  // 1 + sum over j != i of sigmoid((s_j - s_i) / tau) for scores [B, N], in O(N) memory.
-  m.def("soft_rank(Tensor scores, float tau) -> Tensor");
-  m.def("soft_rank_backward(Tensor grad, Tensor scores, float tau) -> Tensor");
-
-  // Rows index [B, k] of x [B, N, D], or of x [N, D] shared by the batch.
-  m.def("token_gather(Tensor x, Tensor index) -> Tensor");
-  m.def("token_gather_backward(Tensor grad, Tensor index, SymInt n, bool broadcast) -> Tensor");
-
-  // base [B, N, D] with the rows index [B, k] replaced by src [B, k, D].
-  m.def("token_scatter(Tensor base, Tensor index, Tensor src) -> Tensor");
-  m.def("token_scatter_(Tensor(a!) base, Tensor index, Tensor src) -> ()");
-  m.def("token_scatter_backward(Tensor grad, Tensor index) -> (Tensor grad_base, Tensor grad_src)");
-
-  // The residual straight-through estimator: gathers kept rows; its backward gives inclusion its gradient.
-  m.def("residual_gate(Tensor x, Tensor inclusion, Tensor kept) -> (Tensor selected, Tensor base)");
-  m.def(
-      "residual_gate_backward(Tensor grad_selected, Tensor grad_base, Tensor x, Tensor kept) "
-      "-> (Tensor grad_x, Tensor grad_inclusion)");
-
-  // The counterfactual estimator: scatters kept rows; its backward values what processing each token changes.
-  m.def(
-      "counterfactual_scatter(Tensor base, Tensor kept, Tensor src, Tensor inclusion, Tensor update, float kappa) "
-      "-> Tensor");
-  m.def(
-      "counterfactual_scatter_backward(Tensor grad, Tensor base, Tensor kept, Tensor src, Tensor update, float kappa) "
-      "-> (Tensor grad_base, Tensor grad_src, Tensor grad_inclusion)");
-
-  // <LayerNorm(SiLU(x w_in^T + context)), w_out> for x [B, N, D], context [B, H].
-  m.def(
-      "router_score(Tensor x, Tensor context, Tensor w_in, Tensor ln_weight, Tensor ln_bias, Tensor w_out, float eps) "
-      "-> Tensor");
-  m.def(
-      "router_score_backward(Tensor grad, Tensor x, Tensor context, Tensor w_in, Tensor ln_weight, Tensor ln_bias, "
-      "Tensor w_out, float eps) -> (Tensor grad_x, Tensor grad_context, Tensor grad_w_in, Tensor grad_ln_weight, "
-      "Tensor grad_ln_bias, Tensor grad_w_out)");
-
-  // LayerNorm of gathered rows, * (1 + scale [B, D]) + shift [B, D].
-  m.def("gather_modulate(Tensor x, Tensor index, Tensor shift, Tensor scale, float eps) -> Tensor");
-  m.def(
-      "gather_modulate_backward(Tensor grad, Tensor x, Tensor index, Tensor scale, float eps) "
-      "-> (Tensor grad_x, Tensor grad_shift, Tensor grad_scale)");
-
-  // base [B, N, D] with the rows index [B, k] += gate [B, D] * update [B, k, D].
-  m.def("scatter_residual(Tensor base, Tensor index, Tensor update, Tensor gate) -> Tensor");
-  m.def(
-      "scatter_residual_backward(Tensor grad, Tensor index, Tensor update, Tensor gate) "
-      "-> (Tensor grad_update, Tensor grad_gate)");
-}
+STABLE_TORCH_LIBRARY(shiva, m) { shiva::define_ops(m); }
 
 // Metadata only; tensors never pass through here.
 PYBIND11_MODULE(_C, m) {
@@ -74,8 +23,10 @@ PYBIND11_MODULE(_C, m) {
     info["compiler"] = SHIVA_COMPILER;
 #if defined(SHIVA_CUDA_VERSION)
     info["cuda"] = SHIVA_CUDA_VERSION;
+    info["cuda_architectures"] = SHIVA_CUDA_ARCHITECTURES;
 #else
     info["cuda"] = pybind11::none();
+    info["cuda_architectures"] = pybind11::none();
 #endif
     std::vector<std::string> built = {"default"};
 #if defined(SHIVA_X86)

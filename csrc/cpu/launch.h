@@ -4,48 +4,29 @@
 #include <torch/csrc/stable/library.h>
 #include <torch/csrc/stable/ops.h>
 #include <torch/csrc/stable/tensor.h>
-#include <torch/headeronly/core/ScalarType.h>
-#include <torch/headeronly/util/Exception.h>
 
 #include <cstdint>
-#include <string>
 #include <tuple>
 #include <vector>
 
+#include "checks.h"
 #include "core/dtype.h"
 #include "core/index.h"
 
-// "shiva::<op>: <what was got and what was wanted>" as a RuntimeError.
-#define SHIVA_CHECK(cond, op, ...) STD_TORCH_CHECK(cond, "shiva::", op, ": ", __VA_ARGS__)
-
 namespace shiva::cpu {
 
-using torch::headeronly::ScalarType;
-using torch::stable::Tensor;
-
-std::string shape_of(const Tensor& t);    // "[2, 16, 8]"
-const char* dtype_name(ScalarType type);  // "float32"
-
-// The op's dtype; raises for anything but float32, bfloat16, float16, float64.
-Dtype floating_dtype(const char* op, const char* name, const Tensor& t);
-
-// Raises unless t is a CPU tensor with this many dimensions.
-void check_dim(const char* op, const char* name, const Tensor& t, int64_t dim);
-// Raises unless t has exactly these sizes.
-void check_shape(const char* op, const char* name, const Tensor& t, const std::vector<int64_t>& sizes);
-void check_same_dtype(const char* op, const char* name, const Tensor& t, const char* other_name, const Tensor& other);
+inline void check_dim(const char* op, const char* name, const Tensor& t, int64_t dim) {
+  shiva::check_dim(op, name, t, dim, Place::Cpu);
+}
+inline void check_shape(const char* op, const char* name, const Tensor& t, const std::vector<int64_t>& sizes) {
+  shiva::check_shape(op, name, t, sizes, Place::Cpu);
+}
+inline void check_inclusion(const char* op, const Tensor& inclusion, const Tensor& x) {
+  shiva::check_inclusion(op, inclusion, x, Place::Cpu);
+}
 
 // Index as contiguous int64 [rows, k]; raises unless it is int64 or int32 of that many rows with values in [0, n).
 Tensor checked_index(const char* op, const char* name, const Tensor& index, int64_t rows, int64_t n);
-
-// t itself if its channels are adjacent in memory (any batch and token stride), else a contiguous copy.
-Tensor with_dense_channels(const Tensor& t);
-
-// A float32 (float64 for float64 x) contiguous copy of a small parameter vector that has x's dtype or float32.
-Tensor as_accumulate(const char* op, const char* name, const Tensor& t, const Tensor& x);
-
-// float32, or float64 for float64 tensors.
-ScalarType accumulate_type(const Tensor& x);
 
 // Sums over tokens are taken over chunks of this many rows, then over the chunks: the same for any thread count.
 constexpr int64_t kSumRows = 64;
@@ -67,14 +48,6 @@ Tensor replace_rows(const Tensor& base, const Tensor& kept, const Tensor& src);
 
 // x [B, N, D] -> x with the rows kept set to zero [B, N, D], the rows kept of x [B, k, D].
 std::tuple<Tensor, Tensor> split_rows(const Tensor& x, const Tensor& kept);
-
-// Raises unless inclusion is [B, N] in float32 (float64 for float64 x [B, N, D]).
-void check_inclusion(const char* op, const Tensor& inclusion, const Tensor& x);
-
-template <typename T>
-T* data(const Tensor& t) {
-  return static_cast<T*>(t.data_ptr());
-}
 
 // Runs body(begin, end) over [0, count) on torch's threads; `cost` is the rough number of bytes one item touches.
 template <typename Body>

@@ -1,6 +1,8 @@
 import pytest
 import torch
 
+from . import simulated  # noqa: F401  (replaces the kernels if the environment says so)
+
 
 @pytest.fixture(autouse=True)
 def one_thread():

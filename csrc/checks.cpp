@@ -1,0 +1,117 @@
+#include "checks.h"
+
+#include <sstream>
+
+namespace shiva {
+
+std::string shape_of(const Tensor& t) {
+  std::ostringstream text;
+  text << '[';
+  for (int64_t d = 0; d < t.dim(); ++d) text << (d ? ", " : "") << t.size(d);
+  text << ']';
+  return text.str();
+}
+
+const char* dtype_name(ScalarType type) {
+  switch (type) {
+    case ScalarType::Float: return "float32";
+    case ScalarType::BFloat16: return "bfloat16";
+    case ScalarType::Half: return "float16";
+    case ScalarType::Double: return "float64";
+    case ScalarType::Long: return "int64";
+    case ScalarType::Int: return "int32";
+    case ScalarType::Short: return "int16";
+    case ScalarType::Char: return "int8";
+    case ScalarType::Byte: return "uint8";
+    case ScalarType::Bool: return "bool";
+    default: return "another dtype";
+  }
+}
+
+static void check_place(const char* op, const char* name, const Tensor& t, Place place) {
+  const bool right = place == Place::Cpu ? t.is_cpu() : t.is_cuda();
+  SHIVA_CHECK(
+      right, op, name, " is on another device than the ", place == Place::Cpu ? "CPU" : "GPU",
+      "; move all arguments to one device");
+}
+
+Dtype floating_dtype(const char* op, const char* name, const Tensor& t) {
+  switch (t.scalar_type()) {
+    case ScalarType::Float: return Dtype::Float32;
+    case ScalarType::BFloat16: return Dtype::BFloat16;
+    case ScalarType::Half: return Dtype::Float16;
+    case ScalarType::Double: return Dtype::Float64;
+    default:
+      SHIVA_CHECK(false, op, name, " must be float32, bfloat16, float16 or float64, got ", dtype_name(t.scalar_type()));
+  }
+  return Dtype::Float32;
+}
+
+void check_dim(const char* op, const char* name, const Tensor& t, int64_t dim, Place place) {
+  check_place(op, name, t, place);
+  SHIVA_CHECK(t.dim() == dim, op, name, " must have ", dim, " dimensions, got shape ", shape_of(t));
+}
+
+void check_shape(const char* op, const char* name, const Tensor& t, const std::vector<int64_t>& sizes, Place place) {
+  check_place(op, name, t, place);
+  bool same = t.dim() == static_cast<int64_t>(sizes.size());
+  std::ostringstream wanted;
+  for (size_t d = 0; d < sizes.size(); ++d) {
+    same = same && t.size(static_cast<int64_t>(d)) == sizes[d];
+    wanted << (d ? ", " : "") << sizes[d];
+  }
+  SHIVA_CHECK(same, op, name, " must have shape [", wanted.str(), "], got ", shape_of(t));
+}
+
+void check_same_dtype(const char* op, const char* name, const Tensor& t, const char* other_name, const Tensor& other) {
+  SHIVA_CHECK(
+      t.scalar_type() == other.scalar_type(), op, name, " must have the dtype of ", other_name, " (",
+      dtype_name(other.scalar_type()), "), got ", dtype_name(t.scalar_type()));
+}
+
+Tensor as_index(const char* op, const char* name, const Tensor& index, int64_t rows) {
+  SHIVA_CHECK(
+      index.scalar_type() == ScalarType::Long || index.scalar_type() == ScalarType::Int, op, name,
+      " must be int64 or int32, got ", dtype_name(index.scalar_type()));
+  SHIVA_CHECK(index.size(0) == rows, op, name, " must have ", rows, " rows, got shape ", shape_of(index));
+  return torch::stable::contiguous(
+      index.scalar_type() == ScalarType::Long ? index : torch::stable::to(index, ScalarType::Long));
+}
+
+void check_index_range(const char* op, const char* name, const Tensor& index, int64_t n) {
+  const int64_t* values = data<int64_t>(index);
+  const int64_t count = index.numel();
+  // An unsigned comparison catches negative values too; the sum has no branch, so the loop vectorises.
+  int64_t outside = 0;
+  for (int64_t i = 0; i < count; ++i) outside += static_cast<uint64_t>(values[i]) >= static_cast<uint64_t>(n);
+  for (int64_t i = 0; outside != 0 && i < count; ++i)
+    SHIVA_CHECK(
+        values[i] >= 0 && values[i] < n, op, name, " must lie in [0, ", n, "), got ", values[i], " in row ",
+        i / index.size(1), ", column ", i % index.size(1));
+}
+
+Tensor with_dense_channels(const Tensor& t) {
+  const int64_t last = t.dim() - 1;
+  return t.size(last) <= 1 || t.stride(last) == 1 ? t : torch::stable::contiguous(t);
+}
+
+ScalarType accumulate_type(const Tensor& x) {
+  return x.scalar_type() == ScalarType::Double ? ScalarType::Double : ScalarType::Float;
+}
+
+Tensor as_accumulate(const char* op, const char* name, const Tensor& t, const Tensor& x) {
+  const ScalarType wanted = accumulate_type(x);
+  SHIVA_CHECK(
+      t.scalar_type() == x.scalar_type() || t.scalar_type() == wanted, op, name, " must be ",
+      dtype_name(x.scalar_type()), " or ", dtype_name(wanted), ", got ", dtype_name(t.scalar_type()));
+  return torch::stable::contiguous(t.scalar_type() == wanted ? t : torch::stable::to(t, wanted));
+}
+
+void check_inclusion(const char* op, const Tensor& inclusion, const Tensor& x, Place place) {
+  check_shape(op, "inclusion", inclusion, {x.size(0), x.size(1)}, place);
+  SHIVA_CHECK(
+      inclusion.scalar_type() == accumulate_type(x), op, "inclusion must be ", dtype_name(accumulate_type(x)), ", got ",
+      dtype_name(inclusion.scalar_type()));
+}
+
+}  // namespace shiva

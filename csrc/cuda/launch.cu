@@ -1,0 +1,50 @@
+#include "cuda/launch.h"
+
+#include <cstdlib>
+
+#if !defined(SHIVA_SIMT)
+#include <dlfcn.h>
+#endif
+
+namespace shiva::cuda {
+
+#if !defined(SHIVA_SIMT)
+Stream current_stream(const Tensor& t) {
+  // Looked up at run time, so that this library also loads beside a torch without CUDA.
+  using Get = AOTITorchError (*)(int32_t, void**);
+  static const Get get = [] {
+    void* symbol = dlsym(RTLD_DEFAULT, "aoti_torch_get_current_cuda_stream");
+    if (symbol == nullptr)
+      if (void* library = dlopen("libtorch_cuda.so", RTLD_NOLOAD | RTLD_LAZY))
+        symbol = dlsym(library, "aoti_torch_get_current_cuda_stream");
+    return reinterpret_cast<Get>(symbol);
+  }();
+  STD_TORCH_CHECK(get != nullptr, "shiva: this torch has CUDA tensors but no libtorch_cuda.so; reinstall torch");
+  void* stream = nullptr;
+  STABLE_TORCH_ERROR_CODE_CHECK(get(t.get_device_index(), &stream));
+  return static_cast<Stream>(stream);
+}
+
+void check_launch(const char* op) {
+  const cudaError_t error = cudaGetLastError();
+  SHIVA_CHECK(error == cudaSuccess, op, "the kernel could not be launched: ", cudaGetErrorString(error));
+}
+#endif
+
+unsigned grid_size(const char* op, int64_t blocks) {
+  SHIVA_CHECK(
+      blocks <= 0x7fffffff, op, "the input needs ", blocks, " blocks of threads, more than CUDA's 2^31 - 1; split it");
+  return static_cast<unsigned>(blocks);
+}
+
+Tensor checked_index(const char* op, const char* name, const Tensor& index, int64_t rows, int64_t n) {
+  check_dim(op, name, index, 2);
+  const Tensor result = as_index(op, name, index, rows);
+  const char* wanted = std::getenv("SHIVA_CHECK_INDICES");
+  if (wanted != nullptr && wanted[0] == '1')
+    check_index_range(
+        op, name, torch::stable::to(result, torch::stable::Device(torch::headeronly::DeviceType::CPU)), n);
+  return result;
+}
+
+}  // namespace shiva::cuda
