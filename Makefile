@@ -7,16 +7,17 @@ SHIVA_WITH_CUDA ?= OFF
 VENV := .venv
 BIN := $(VENV)/bin
 READY := $(VENV)/.ready
+SIMT := build/simt/.ready
 SOURCES := $(shell find csrc cmake -type f) CMakeLists.txt pyproject.toml
 
-.PHONY: demo test build lint format clean
+.PHONY: demo test build simt lint format clean
 .DEFAULT_GOAL := build
 
 demo: build
 	@echo "== generating dense and pruned images =="
 	$(BIN)/shiva demo
 
-test: build
+test: build simt
 	@echo "== running the tests =="
 	$(BIN)/python -m pytest python_tests
 
@@ -36,6 +37,18 @@ $(READY): $(VENV)/.deps $(SOURCES)
 	@echo "== compiling and installing shiva_ext =="
 	$(BIN)/python -m pip install --quiet --no-build-isolation --editable ".[test]" \
 		--config-settings=cmake.define.SHIVA_WITH_CUDA=$(SHIVA_WITH_CUDA)
+	@touch $@
+
+# The CUDA kernels as the tests run them, without a GPU: see csrc/simt.
+simt: $(SIMT)
+
+$(SIMT): $(VENV)/.deps $(SOURCES)
+	@echo "== compiling the simulated CUDA kernels =="
+	@mkdir -p build
+	@$(BIN)/cmake -S . -B build/simt -G Ninja -DCMAKE_MAKE_PROGRAM=$(abspath $(BIN)/ninja) -DSHIVA_BUILD_SIMT=ON \
+		-DSHIVA_WITH_CUDA=OFF -DPython_EXECUTABLE=$(abspath $(BIN)/python) \
+		-Dpybind11_DIR=$$($(BIN)/python -m pybind11 --cmakedir) > build/simt.log || (cat build/simt.log && false)
+	@$(BIN)/ninja -C build/simt simt
 	@touch $@
 
 lint: build

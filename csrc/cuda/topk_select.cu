@@ -7,7 +7,6 @@ namespace shiva::cuda {
 namespace {
 
 constexpr char kOp[] = "topk_select";
-constexpr int kThreads = 1024;
 
 struct Rows {
   const Tensor& scores;  // [B, N], contiguous
@@ -55,12 +54,12 @@ void many_blocks_a_row(const Rows& r) {
 template <typename T>
 void select(const Rows& r) {
   if (r.N <= 256) return one_block_a_row<T, 256, 1>(r);
-  if (r.N <= kThreads) return one_block_a_row<T, 256, 4>(r);
-  if (r.N <= 4 * kThreads) return one_block_a_row<T, kThreads, 4>(r);
-  if (r.N <= 16 * kThreads) return one_block_a_row<T, kThreads, 16>(r);
-  // Float64 keys take two registers each, and a block of 1024 threads has 64 for each of them.
+  if (r.N <= 1024) return one_block_a_row<T, 256, 4>(r);
+  // Blocks of 512 threads have 128 registers for each of them: room for 64 keys of 32 bits, or 32 of 64 bits.
+  if (r.N <= 4096) return one_block_a_row<T, 512, 8>(r);
+  if (r.N <= 16384) return one_block_a_row<T, 512, 32>(r);
   if constexpr (sizeof(key_t<T>) == 4)
-    if (r.N <= 32 * kThreads) return one_block_a_row<T, kThreads, 32>(r);
+    if (r.N <= 32768) return one_block_a_row<T, 512, 64>(r);
   many_blocks_a_row<T>(r);
 }
 

@@ -107,12 +107,11 @@ __global__ void __launch_bounds__(kThreads, 1)
   kept += row * k;
   rejected += row * (n - k);
 
+  const T* mine = scores + first;  // one address for all loads: one for each would stay in registers to the end
   Key keys[kItems];
 #pragma unroll
-  for (int i = 0; i < kItems; ++i) {
-    const int token = first + i * kWarp;
-    keys[i] = token < n ? key_of(load(scores[token])) : kNoToken<Key>;
-  }
+  for (int i = 0; i < kItems; ++i)
+    keys[i] = i * kWarp < n - first ? key_of(load(mine[i * kWarp])) : kNoToken<Key>;
 
   Threshold<Key, int> threshold = {Key(0), k};
   for (int shift = 8 * sizeof(Key) - 8; shift >= 0; shift -= 8) {

@@ -1,7 +1,7 @@
 import pytest
 import torch
 
-from . import simulated  # noqa: F401  (replaces the kernels if the environment says so)
+from . import simulated  # replaces the kernels if the environment says so
 
 
 @pytest.fixture(autouse=True)
@@ -11,3 +11,8 @@ def one_thread():
     torch.set_num_threads(1)
     yield
     torch.set_num_threads(before)
+
+
+def pytest_terminal_summary(terminalreporter):
+    if simulated.VARIANT:
+        terminalreporter.write_line(simulated.report())

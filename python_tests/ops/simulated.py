@@ -1,8 +1,8 @@
 """Puts the simulated CUDA kernels in the place of the CPU kernels, so that every test of the ops runs on them.
 
-``SHIVA_SIMT=plain`` (or asan, race) chooses the build, see cmake/ShivaSimt.cmake; ``SHIVA_SIMT_DIR`` says where it lies.
-An ASan build needs its library preloaded. Each launch draws a schedule of its own from a running seed; an error names
-the seed, and ``SHIVA_SIMT_SEED`` starts there.
+``SHIVA_SIMT=plain`` (or asan, race) chooses the build, see cmake/ShivaSimt.cmake; it lies in ``SHIVA_SIMT_DIR``. An
+ASan build needs its library preloaded. Each launch draws a schedule of its own from a running seed; an error names the
+seed, and ``SHIVA_SIMT_SEED`` starts there.
 """
 
 import importlib
@@ -11,6 +11,8 @@ import sys
 from pathlib import Path
 
 import torch
+
+import shiva_ext.ops  # noqa: F401  (defines the CPU kernels, which are overridden here)
 
 VARIANT = os.environ.get("SHIVA_SIMT", "")
 _libraries = []
@@ -36,3 +38,9 @@ def install() -> None:
 
 if VARIANT:
     install()
+
+
+def report() -> str:
+    """How much was simulated, so that nobody takes a run of the CPU kernels for one of these."""
+    module = sys.modules[f"_simt_{VARIANT}"]
+    return f"simulated CUDA ({VARIANT}): {module.launches_run()} launches, {module.threads_run()} threads"

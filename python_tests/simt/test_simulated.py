@@ -1,0 +1,54 @@
+"""The tests of the ops, run on the simulated CUDA kernels: plain, under ASan and UBSan, and under the race detector.
+
+Each build needs a process of its own, as its kernels take the place of the CPU's: see python_tests/ops/simulated.py.
+"""
+
+import importlib.machinery
+import os
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parents[2]
+BUILD = Path(os.environ.get("SHIVA_SIMT_DIR") or ROOT / "build" / "simt")
+# Whether some tests that take long run too: more sizes under the slower builds.
+NIGHTLY = os.environ.get("SHIVA_NIGHTLY") == "1"
+
+MATRIX = "python_tests/ops/test_matrix.py"
+PLAIN = [MATRIX, *(f"python_tests/ops/test_{name}.py" for name in ("errors", "gradients", "properties", "inplace"))]
+SELECTIONS = {"plain": (PLAIN, ""), "asan": ([MATRIX], "not large"), "race": ([MATRIX], "not large and not typed")}
+
+
+def compiler_library(name: str) -> str:
+    compiler = os.environ.get("CXX", "g++")
+    return subprocess.run([compiler, f"-print-file-name={name}"], capture_output=True, text=True).stdout.strip()
+
+
+def run_ops_tests(variant: str) -> subprocess.CompletedProcess:
+    files, chosen = SELECTIONS[variant]
+    environment = os.environ | {
+        "SHIVA_SIMT": variant,
+        "SHIVA_CHECK_INDICES": "1",
+        "OMP_NUM_THREADS": "1",
+        "PYTHONPATH": str(ROOT),
+    }
+    if variant == "asan":
+        environment |= {"LD_PRELOAD": compiler_library("libasan.so"), "ASAN_OPTIONS": "detect_leaks=0"}
+    command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", *files]
+    if chosen and not NIGHTLY:
+        command += ["-k", chosen]
+    return subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True)
+
+
+@pytest.mark.parametrize("variant", SELECTIONS)
+def test_the_ops_tests_pass_on_simulated_cuda_kernels(variant):
+    if not any((BUILD / f"_simt_{variant}{suffix}").is_file() for suffix in importlib.machinery.EXTENSION_SUFFIXES):
+        pytest.skip(f"the simulated kernels are not built in {BUILD}: run `make simt`")
+    done = run_ops_tests(variant)
+    passed = re.search(r"(\d+) passed", done.stdout)
+    assert done.returncode == 0 and passed, f"{done.stdout[-4000:]}\n{done.stderr[-2000:]}"
+    launches = re.search(r"simulated CUDA \((\w+)\): (\d+) launches", done.stdout)
+    assert launches[1] == variant and int(launches[2]) > 1000 and int(passed[1]) > 300
