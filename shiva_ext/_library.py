@@ -36,7 +36,8 @@ def build_info() -> dict:
 
     Returns:
         version, torch_version (running), torch_build_version, torch_target_version (oldest torch that works), compiler,
-        cuda (toolkit version or None), cuda_architectures, cpu_capabilities_built, cpu_capability (chosen; lower it
-        with SHIVA_CPU_CAPABILITY=default|avx2|avx512 before the first op).
+        git_commit (empty if not built in a checkout), cuda (toolkit version or None), cuda_architectures,
+        cpu_capabilities_built, cpu_capability (chosen; lower it with SHIVA_CPU_CAPABILITY=default|avx2|avx512 before
+        the first op).
     """
     return {"version": __version__, "torch_version": torch.__version__, **_C.build_info()}

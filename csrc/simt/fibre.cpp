@@ -3,6 +3,7 @@
 #include <cstring>
 
 #if defined(__SANITIZE_ADDRESS__)
+#include <sanitizer/asan_interface.h>
 #include <sanitizer/common_interface_defs.h>
 #endif
 
@@ -79,8 +80,11 @@ void switch_fibre(Fibre& from, Fibre& to, bool last) {
   change(from, to);
   arrived(from);
 }
+
+void abandon(Fibre& fibre) { __asan_unpoison_memory_region(fibre.stack, fibre.stack_bytes); }
 #else
 void arrived(Fibre&) {}
+void abandon(Fibre&) {}
 void switch_fibre(Fibre& from, Fibre& to, bool) { change(from, to); }
 #endif
 

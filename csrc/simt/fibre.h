@@ -27,5 +27,7 @@ void prepare(Fibre& fibre, void (*entry)());
 void switch_fibre(Fibre& from, Fibre& to, bool last = false);
 // To be called first thing in entry.
 void arrived(Fibre& fibre);
+// To be called before the stack of a fibre that was left in the middle is used anew.
+void abandon(Fibre& fibre);
 
 }  // namespace shiva::simt

@@ -19,15 +19,19 @@ namespace {
 
 constexpr uintptr_t kGranule = 2;  // the smallest element that a kernel stores
 
-struct Reads {  // by the lanes of one warp
+enum class Kind { Read, Write, Atomic };
+const char* const kNames[] = {"read", "write", "atomic"};
+
+struct Accesses {  // the last ones of one kind by the lanes of one warp
   uint32_t block, warp, epoch;
   std::array<uint32_t, 32> time;  // 0: not by this lane
 };
 
+// What came after the last plain write. Everything before that write is ordered before it, or was reported.
 struct Shadow {
-  bool written = false, atomic = false;
+  bool written = false;
   uint32_t block = 0, thread = 0, epoch = 0, time = 0;
-  std::vector<Reads> reads;
+  std::vector<Accesses> reads, atomics;
 };
 
 std::unordered_map<uintptr_t, Shadow> shadows;
@@ -38,36 +42,43 @@ bool ordered(const Clock& now, uint32_t block, uint32_t thread, uint32_t epoch, 
   return thread / 32 == now.thread / 32 && time <= now.seen[thread % 32];
 }
 
-void report(const Clock& now, const char* this_kind, const char* that_kind, uint32_t block, uint32_t thread) {
+void report(const Clock& now, Kind kind, Kind other, uint32_t block, uint32_t thread) {
   std::ostringstream text;
-  text << "race: a " << this_kind << " by thread " << now.thread << " of block " << now.block << " and a " << that_kind
-       << " by thread " << thread << " of block " << block << " of the same memory, with no barrier in between";
-  fail(text.str());
+  text << "race: a " << kNames[int(kind)] << " by thread " << now.thread << " of block " << now.block << " and a "
+       << kNames[int(other)] << " by thread " << thread << " of block " << block
+       << " of the same memory, with no barrier in between";
+  fail_without_unwinding(text.str());  // g++ takes the hooks of -fsanitize=thread for functions that throw nothing
 }
 
-void check(Shadow& s, const Clock& now, bool write, bool atomic) {
-  const char* kind = atomic ? "atomic" : write ? "write" : "read";
-  if (s.written && !(atomic && s.atomic) && !ordered(now, s.block, s.thread, s.epoch, s.time))
-    report(now, kind, s.atomic ? "atomic" : "write", s.block, s.thread);
+void compare(const std::vector<Accesses>& list, Kind other, const Clock& now, Kind kind) {
+  for (const Accesses& a : list)
+    for (uint32_t lane = 0; lane < 32; ++lane)
+      if (a.time[lane] && !ordered(now, a.block, a.warp * 32 + lane, a.epoch, a.time[lane]))
+        report(now, kind, other, a.block, a.warp * 32 + lane);
+}
+
+void add(std::vector<Accesses>& list, const Clock& now) {
   const uint32_t warp = now.thread / 32, lane = now.thread % 32;
-  if (!write) {
-    for (Reads& r : s.reads)
-      if (r.block == now.block && r.warp == warp) {
-        if (r.epoch != now.epoch) r.time.fill(0);
-        r.epoch = now.epoch, r.time[lane] = now.lane_time;
-        return;
-      }
-    s.reads.push_back({now.block, warp, now.epoch, {}});
-    s.reads.back().time[lane] = now.lane_time;
-    return;
-  }
-  for (const Reads& r : s.reads)
-    for (uint32_t l = 0; l < 32; ++l)
-      if (r.time[l] && !ordered(now, r.block, r.warp * 32 + l, r.epoch, r.time[l]))
-        report(now, kind, "read", r.block, r.warp * 32 + l);
-  s.reads.clear();
-  s.written = true, s.atomic = atomic;
+  for (Accesses& a : list)
+    if (a.block == now.block && a.warp == warp) {
+      if (a.epoch != now.epoch) a.time.fill(0);
+      a.epoch = now.epoch, a.time[lane] = now.lane_time;
+      return;
+    }
+  // With accesses of two blocks in the list whatever conflicts with a third one's conflicts with one of theirs.
+  if (!list.empty() && list.front().block != list.back().block && list.back().block != now.block) return;
+  list.push_back({now.block, warp, now.epoch, {}});
+  list.back().time[lane] = now.lane_time;
+}
+
+void check(Shadow& s, const Clock& now, Kind kind) {
+  if (s.written && !ordered(now, s.block, s.thread, s.epoch, s.time)) report(now, kind, Kind::Write, s.block, s.thread);
+  if (kind != Kind::Read) compare(s.reads, Kind::Read, now, kind);
+  if (kind != Kind::Atomic) compare(s.atomics, Kind::Atomic, now, kind);
+  if (kind != Kind::Write) return add(kind == Kind::Read ? s.reads : s.atomics, now);
+  s.written = true;
   s.block = now.block, s.thread = now.thread, s.epoch = now.epoch, s.time = now.lane_time;
+  s.reads.clear(), s.atomics.clear();
 }
 
 }  // namespace
@@ -85,7 +96,8 @@ void race_access(const void* address, size_t bytes, bool write, bool atomic) {
   const Clock now = clock_of_this_thread();
   const uintptr_t from = reinterpret_cast<uintptr_t>(address) / kGranule;
   const uintptr_t to = (reinterpret_cast<uintptr_t>(address) + bytes + kGranule - 1) / kGranule;
-  for (uintptr_t g = from; g < to; ++g) check(shadows[g], now, write, atomic);
+  for (uintptr_t g = from; g < to; ++g)
+    check(shadows[g], now, atomic ? Kind::Atomic : write ? Kind::Write : Kind::Read);
 }
 #else
 void race_new_launch() {}

@@ -26,8 +26,8 @@ namespace shiva::simt {
 namespace {
 
 constexpr int kWarp = 32;
-constexpr size_t kStaticShared = 48 << 10;    // what every architecture gives without asking
-constexpr size_t kDynamicShared = 227 << 10;  // what the largest one gives
+constexpr size_t kStaticShared = 48 << 10;  // what every architecture gives without asking
+constexpr size_t kBlockShared = 227 << 10;  // static and dynamic, what the largest one gives
 #if defined(__SANITIZE_ADDRESS__)
 constexpr size_t kStack = 256 << 10;
 #else
@@ -53,6 +53,11 @@ struct Copy {
   const void* from;
   size_t bytes, zero_bytes;
 };
+
+struct Free {
+  void operator()(char* memory) const { std::free(memory); }
+};
+using Memory = std::unique_ptr<char, Free>;
 
 struct Block;
 
@@ -91,9 +96,9 @@ struct Block {
   Barrier kind = Barrier::Plain;
   uint32_t epoch = 0;
   // shared memory
-  std::vector<std::pair<const void*, std::unique_ptr<char[]>>> shared;
+  std::vector<std::pair<const void*, Memory>> shared;
   size_t static_bytes = 0;
-  std::unique_ptr<char[]> dynamic;
+  Memory dynamic;
   size_t dynamic_bytes = 0;
   // schedule
   Schedule schedule = Schedule::Lockstep;
@@ -180,7 +185,9 @@ void entry() {
     arrived(t.fibre);
     try {
       (*kernel_body)();
-      if (!t.open.empty() || !t.groups.empty()) fail("the thread ended with cp.async copies that nobody waited for");
+      const auto some = [](const std::vector<Copy>& group) { return !group.empty(); };
+      if (some(t.open) || std::any_of(t.groups.begin(), t.groups.end(), some))
+        fail("the thread ended with cp.async copies that nobody waited for");
     } catch (...) {
       failure = std::current_exception();
     }
@@ -211,7 +218,7 @@ Thread* choose(Block& block) {
   bool random_lane = true;
   switch (block.schedule) {
     case Schedule::Lockstep:
-      // Each warp's lanes go to their next waiting point before the next warp's.
+      // One step of every lane in turn, warp after warp.
       warp = next_bit(ready, block.next_warp);
       random_lane = false;
       break;
@@ -231,10 +238,22 @@ Thread* choose(Block& block) {
   if (random_lane) {
     lane = random_bit(lanes);
   } else {
-    lane = next_bit(lanes, 0);
-    block.next_warp = (lanes & (lanes - 1)) ? warp : warp + 1;
+    lane = next_bit(lanes, warp == block.next_warp ? block.next_lane : 0);
+    const bool last = lanes >> lane == 1;
+    block.next_warp = last ? warp + 1 : warp;
+    block.next_lane = last ? 0 : lane + 1;
   }
   return block.threads[warp * kWarp + lane];
+}
+
+// Of exactly this size, so that AddressSanitizer sees the first access beyond it.
+Memory garbage_memory(size_t bytes, size_t alignment) {
+  void* memory = nullptr;
+  if (posix_memalign(&memory, alignment, bytes) != 0) throw std::bad_alloc();
+  char* begin = static_cast<char*>(memory);
+  for (size_t i = 0; i < bytes; ++i) begin[i] = static_cast<char>(rng.next() >> 32);
+  race_forget(begin, bytes);
+  return Memory(begin);
 }
 
 std::unique_ptr<Block> make_block(uint32_t number, size_t dynamic_bytes) {
@@ -245,11 +264,7 @@ std::unique_ptr<Block> make_block(uint32_t number, size_t dynamic_bytes) {
   block->warps.resize((count + kWarp - 1) / kWarp);
   block->alive = static_cast<int>(count);
   block->dynamic_bytes = dynamic_bytes;
-  if (dynamic_bytes) {
-    block->dynamic.reset(static_cast<char*>(::operator new[](dynamic_bytes, std::align_val_t(128))));
-    for (size_t i = 0; i < dynamic_bytes; ++i) block->dynamic[i] = static_cast<char>(rng.next() >> 32);
-    race_forget(block->dynamic.get(), dynamic_bytes);
-  }
+  if (dynamic_bytes) block->dynamic = garbage_memory(dynamic_bytes, 128);
   for (uint32_t i = 0; i < count; ++i) {
     Thread* t = new_thread();
     t->view.index = {i % dim.x, i / dim.x % dim.y, i / dim.x / dim.y};
@@ -269,8 +284,14 @@ std::unique_ptr<Block> make_block(uint32_t number, size_t dynamic_bytes) {
 }
 
 void retire(Block& block) {
-  for (Thread* t : block.threads) idle.push_back(t);
-  if (block.dynamic) ::operator delete[](block.dynamic.release(), std::align_val_t(128));
+  for (Thread* t : block.threads) {
+    if (t->state != State::Done) abandon(t->fibre);
+    idle.push_back(t);
+  }
+}
+
+void check_shared(size_t bytes) {
+  if (bytes > kBlockShared) fail(std::to_string(bytes) + " bytes of shared memory a block; CUDA gives 227 KiB at most");
 }
 
 std::string deadlock(const std::vector<std::unique_ptr<Block>>& blocks) {
@@ -291,11 +312,19 @@ std::string deadlock(const std::vector<std::unique_ptr<Block>>& blocks) {
 
 }  // namespace
 
-void fail(const std::string& message) {
+static Error error(const std::string& message) {
   std::ostringstream text;
   text << "simt: " << (kernel_name ? kernel_name : "?") << ": " << message << " (seed " << running_seed << ")";
   if (current != nullptr) text << ", in " << describe(*current);
-  throw Error(text.str());
+  return Error(text.str());
+}
+
+void fail(const std::string& message) { throw error(message); }
+
+void fail_without_unwinding(const std::string& message) {
+  failure = std::make_exception_ptr(error(message));
+  switch_fibre(current->fibre, scheduler, true);
+  std::abort();  // the launch has ended: nobody comes back
 }
 
 const ThreadView& this_thread() { return current->view; }
@@ -319,10 +348,11 @@ void launch(const char* kernel, Dim3 grid, Dim3 block, size_t dynamic_bytes, con
     fail("a block of " + std::to_string(threads) + " threads; CUDA takes 1 to 1024");
   if (count == 0 || grid.x > 0x7fffffffu || grid.y > 65535 || grid.z > 65535)
     fail("an empty grid, or one beyond 2^31 - 1 x 65535 x 65535 blocks");
-  if (dynamic_bytes > kDynamicShared) fail(std::to_string(dynamic_bytes) + " bytes of shared memory a block");
+  check_shared(dynamic_bytes);
   launch_view = {grid, block};
   kernel_body = &body;
   failure = nullptr;
+  scheduler = {};
   total_threads += threads * count, ++total_launches;
   race_new_launch();
 
@@ -348,6 +378,8 @@ void launch(const char* kernel, Dim3 grid, Dim3 block, size_t dynamic_bytes, con
       dead = deadlock(resident);
       break;
     }
+    // A thread may spin until another one has come, whom the schedule would never choose.
+    if (rng.below(64) == 0) draw_schedule(running);
     for (uint32_t turn = 16 + rng.below(512); turn && running.ready_warps && failure == nullptr; --turn) {
       current = choose(running);
       switch_fibre(scheduler, current->fibre);
@@ -370,19 +402,13 @@ void launch(const char* kernel, Dim3 grid, Dim3 block, size_t dynamic_bytes, con
 void* shared_memory(const void* site, size_t bytes, size_t alignment) {
   Block& block = *current->block;
   for (const auto& [known, memory] : block.shared)
-    if (known == site) {
-      const uintptr_t at = reinterpret_cast<uintptr_t>(memory.get());
-      return reinterpret_cast<void*>((at + alignment - 1) / alignment * alignment);
-    }
+    if (known == site) return memory.get();
   block.static_bytes += bytes;
   if (block.static_bytes > kStaticShared)
     fail("more than 48 KiB of static shared memory: " + std::to_string(block.static_bytes) + " bytes");
-  block.shared.emplace_back(site, new char[bytes + alignment - 1]);
-  char* raw = block.shared.back().second.get();
-  for (size_t i = 0; i < bytes + alignment - 1; ++i) raw[i] = static_cast<char>(rng.next() >> 32);
-  race_forget(raw, bytes + alignment - 1);
-  const uintptr_t at = reinterpret_cast<uintptr_t>(raw);
-  return reinterpret_cast<void*>((at + alignment - 1) / alignment * alignment);
+  check_shared(block.static_bytes + block.dynamic_bytes);
+  block.shared.emplace_back(site, garbage_memory(bytes, std::max<size_t>(alignment, 16)));
+  return block.shared.back().second.get();
 }
 
 void* dynamic_shared_memory() { return current->block->dynamic.get(); }
@@ -392,7 +418,7 @@ void* dynamic_shared_memory() { return current->block->dynamic.get(); }
 static int barrier(Barrier kind, int predicate, int line) {
   Thread& t = *current;
   Block& block = *t.block;
-  if (block.waiting && block.line != line)
+  if (block.waiting && (block.line != line || block.kind != kind))
     fail(
         "threads of a block wait at different barriers, in lines " + std::to_string(block.line) + " and " +
         std::to_string(line));
@@ -415,14 +441,17 @@ void warp_collective(
   Warp& warp = t.block->warps[t.warp];
   if (!(mask >> t.lane & 1)) fail(std::string(what) + ": the calling lane is not in its mask");
   if (mask & ~warp.alive) fail(std::string(what) + ": the mask names lanes that have exited or do not exist");
-  auto meeting =
-      std::find_if(warp.meetings.begin(), warp.meetings.end(), [&](const Meeting& m) { return (m.mask & mask) != 0; });
+  auto meeting = warp.meetings.end();
+  for (auto m = warp.meetings.begin(); m != warp.meetings.end(); ++m) {
+    if (m->mask == mask && std::strcmp(m->what, what) == 0)
+      meeting = m;
+    else if ((m->mask >> t.lane & 1) && (m->arrived & mask))  // they wait for this lane, and it for them
+      fail(std::string(what) + " meets " + m->what + " of the same warp, or the masks differ");
+  }
   if (meeting == warp.meetings.end()) {
     warp.meetings.push_back({what, mask});
     meeting = warp.meetings.end() - 1;
   }
-  if (meeting->mask != mask || std::strcmp(meeting->what, what) != 0)
-    fail(std::string(what) + " meets " + meeting->what + " of the same warp, or the masks differ");
   meeting->slots[t.lane] = slot;
   meeting->arrived |= 1u << t.lane;
   stop(t, State::InCollective);
@@ -590,6 +619,16 @@ unsigned __reduce_min_sync(unsigned mask, unsigned value) {
 }
 unsigned __reduce_max_sync(unsigned mask, unsigned value) {
   return static_cast<unsigned>(reduce("__reduce_max_sync", mask, value, Most{}));
+}
+// Signed numbers are ordered as unsigned ones with the sign bit flipped.
+int __reduce_add_sync(unsigned mask, int value) {
+  return static_cast<int>(__reduce_add_sync(mask, static_cast<unsigned>(value)));
+}
+int __reduce_min_sync(unsigned mask, int value) {
+  return static_cast<int>(__reduce_min_sync(mask, static_cast<unsigned>(value) ^ 1u << 31) ^ 1u << 31);
+}
+int __reduce_max_sync(unsigned mask, int value) {
+  return static_cast<int>(__reduce_max_sync(mask, static_cast<unsigned>(value) ^ 1u << 31) ^ 1u << 31);
 }
 
 void __syncwarp(unsigned mask) {

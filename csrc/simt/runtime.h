@@ -74,5 +74,7 @@ void race_new_launch();
 void race_forget(const void* begin, size_t bytes);
 void race_access(const void* address, size_t bytes, bool write, bool atomic);
 [[noreturn]] void fail(const std::string& message);
+// The same from inside a kernel where an exception must not be thrown; leaves the thread's stack as it is.
+[[noreturn]] void fail_without_unwinding(const std::string& message);
 
 }  // namespace shiva::simt

@@ -121,6 +121,9 @@ unsigned __match_any_sync(unsigned mask, unsigned long long value);
 unsigned __reduce_add_sync(unsigned mask, unsigned value);
 unsigned __reduce_min_sync(unsigned mask, unsigned value);
 unsigned __reduce_max_sync(unsigned mask, unsigned value);
+int __reduce_add_sync(unsigned mask, int value);
+int __reduce_min_sync(unsigned mask, int value);
+int __reduce_max_sync(unsigned mask, int value);
 
 void __syncwarp(unsigned mask = 0xffffffffu);
 void __syncthreads(int line = __builtin_LINE());

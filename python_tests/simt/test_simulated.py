@@ -14,12 +14,21 @@ import pytest
 
 ROOT = Path(__file__).parents[2]
 BUILD = Path(os.environ.get("SHIVA_SIMT_DIR") or ROOT / "build" / "simt")
-# Whether some tests that take long run too: more sizes under the slower builds.
+# Whether the slow builds run every case too.
 NIGHTLY = os.environ.get("SHIVA_NIGHTLY") == "1"
 
-MATRIX = "python_tests/ops/test_matrix.py"
-PLAIN = [MATRIX, *(f"python_tests/ops/test_{name}.py" for name in ("errors", "gradients", "properties", "inplace"))]
-SELECTIONS = {"plain": (PLAIN, ""), "asan": ([MATRIX], "not large"), "race": ([MATRIX], "not large and not typed")}
+MATRIX, SIZES = "python_tests/ops/test_matrix.py", "python_tests/ops/test_sizes.py"
+PLAIN = [
+    MATRIX,
+    SIZES,
+    *(f"python_tests/ops/test_{name}.py" for name in ("errors", "gradients", "properties", "inplace")),
+]
+# Out-of-bounds accesses and races hang on sizes and strides, hardly on values: the slow builds see a part of the cases.
+SELECTIONS = {
+    "plain": (PLAIN, ""),
+    "asan": ([MATRIX, SIZES], "rare or digits or ((random or nan) and (contiguous or sliced) and not large)"),
+    "race": ([MATRIX, SIZES], "rare or digits or (random and (contiguous or sliced) and not large)"),
+}
 
 
 def compiler_library(name: str) -> str:
@@ -51,4 +60,4 @@ def test_the_ops_tests_pass_on_simulated_cuda_kernels(variant):
     passed = re.search(r"(\d+) passed", done.stdout)
     assert done.returncode == 0 and passed, f"{done.stdout[-4000:]}\n{done.stderr[-2000:]}"
     launches = re.search(r"simulated CUDA \((\w+)\): (\d+) launches", done.stdout)
-    assert launches[1] == variant and int(launches[2]) > 1000 and int(passed[1]) > 300
+    assert launches[1] == variant and int(launches[2]) > 1000 and int(passed[1]) > 100

@@ -1,0 +1,157 @@
+"""Every op on the GPU at hand: measured, predicted by roofline.py, plain torch, torch.compile, and other libraries.
+
+    make bench-gpu       # or: python benchmarks/gpu_ops.py [--tokens 4096] [--channels 1536] [--dtype bfloat16]
+
+Each result is checked against shiva_ext.reference before it is timed. Times are medians of single calls measured with
+CUDA events after the second-level cache was overwritten. Without a GPU it says so and does nothing.
+"""
+
+import argparse
+import importlib.util
+import json
+import os
+import statistics
+import sys
+from collections.abc import Callable
+from pathlib import Path
+
+import torch
+from roofline import GPUS, costs
+
+from shiva_ext import reference
+
+REPEATS, WARM_UP = 50, 10
+TAU, EPS, KAPPA = 0.2, 1e-6, 0.1
+
+
+def median_seconds(call: Callable[[], object], scratch: torch.Tensor) -> float:
+    """Median time of one call whose inputs are not in the cache any more."""
+    times = []
+    for repeat in range(WARM_UP + REPEATS):
+        scratch.zero_()
+        start, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
+        start.record()
+        call()
+        end.record()
+        end.synchronize()
+        if repeat >= WARM_UP:
+            times.append(start.elapsed_time(end) / 1e3)
+    return statistics.median(times)
+
+
+def make_arguments(B: int, N: int, D: int, k: int, H: int, dtype: torch.dtype) -> dict[str, tuple]:
+    """Arguments of each op, on the GPU."""
+
+    def random(*shape, dtype=dtype):
+        return torch.randn(shape, device="cuda", dtype=torch.float32).to(dtype)
+
+    x, scores = random(B, N, D), random(B, N, dtype=torch.float32)
+    kept = torch.ops.shiva.topk_select(scores, k)[0]
+    weights = (random(H, D) / D**0.5, *(random(H, dtype=torch.float32) for _ in range(3)))
+    pi = torch.rand(B, N, device="cuda")
+    return {
+        "topk_select": (scores, k),
+        "soft_rank": (scores, TAU),
+        "token_gather": (x, kept),
+        "token_scatter": (x, kept, random(B, k, D)),
+        "residual_gate": (x, pi, kept),
+        "counterfactual_scatter": (x, kept, random(B, k, D), pi, random(B, N, D), KAPPA),
+        "router_score": (x, random(B, H, dtype=torch.float32), *weights, EPS),
+        "gather_modulate": (x, kept, random(B, D), random(B, D), EPS),
+        "scatter_residual": (x, kept, random(B, k, D), random(B, D)),
+    }
+
+
+def tensors(result) -> list[torch.Tensor]:
+    return list(result) if isinstance(result, (tuple, list)) else [result]
+
+
+def backward_call(function: Callable, arguments: tuple) -> Callable[[], object] | None:
+    """The backward pass of an op alone, as autograd runs it."""
+    leaves = [a.detach().requires_grad_() if torch.is_tensor(a) and a.is_floating_point() else a for a in arguments]
+    outputs = [t for t in tensors(function(*leaves)) if t.requires_grad]
+    wanted = [a for a in leaves if torch.is_tensor(a) and a.requires_grad]
+    if not outputs:
+        return None
+    gradients = [torch.randn_like(t) for t in outputs]
+    return lambda: torch.autograd.grad(outputs, wanted, gradients, retain_graph=True, allow_unused=True)
+
+
+def rivals(name: str, arguments: tuple) -> dict[str, Callable[[], object]]:
+    """The same work by other means."""
+    eager = getattr(reference, name)
+    found: dict[str, Callable[[], object]] = {"torch": lambda: eager(*arguments)}
+    compiled = torch.compile(eager)
+    found["torch.compile"] = lambda: compiled(*arguments)
+    if name == "topk_select":
+        scores, k = arguments
+        found["torch.topk alone"] = lambda: torch.topk(scores, k, sorted=False)
+        if importlib.util.find_spec("flashinfer"):
+            import flashinfer
+
+            found["flashinfer.top_k"] = lambda: flashinfer.top_k(scores, k)
+    return found
+
+
+def check(name: str, arguments: tuple) -> None:
+    """Exit unless the op equals the reference in float64, or exactly for indices."""
+    wide = [a.double() if torch.is_tensor(a) and a.is_floating_point() else a for a in arguments]
+    for got, exact in zip(
+        tensors(getattr(torch.ops.shiva, name)(*arguments)), tensors(getattr(reference, name)(*wide)), strict=True
+    ):
+        bound = 0 if not got.is_floating_point() else 4 * torch.finfo(arguments[0].dtype).eps ** 0.5
+        error = (got.double() - exact.double()).abs().max().item() / max(exact.double().abs().max().item(), 1)
+        if error > bound:
+            sys.exit(f"gpu_ops: {name} is off by {error:.3g} of its largest value; not timed")
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--rows", type=int, default=2)
+    parser.add_argument("--tokens", type=int, default=4096)
+    parser.add_argument("--channels", type=int, default=1536)
+    parser.add_argument("--kept", type=float, default=0.6)
+    parser.add_argument("--hidden", type=int, default=64)
+    parser.add_argument("--dtype", choices=["bfloat16", "float16", "float32"], default="bfloat16")
+    parser.add_argument("--out", default="results/gpu_ops.json")
+    args = parser.parse_args()
+    if not torch.cuda.is_available():
+        print("gpu_ops: no GPU was found; nothing is measured")
+        return int(os.environ.get("SHIVA_REQUIRE_CUDA") == "1")
+
+    dtype, k = getattr(torch, args.dtype), int(args.kept * args.tokens)
+    device = torch.cuda.get_device_properties(0)
+    gpu = next((g for g in GPUS if g.name.split()[-1] in device.name or g.name.split()[0] in device.name), GPUS[0])
+    sizes = (args.rows, args.tokens, args.channels, k, args.hidden)
+    predicted = costs(*sizes, size=dtype.itemsize)
+    scratch = torch.empty(4 * max(device.L2_cache_size, 1 << 24), dtype=torch.uint8, device="cuda")
+    rows = []
+    print(f"{device.name}; predictions for {gpu.name}; B, N, D, k, H = {sizes}, {args.dtype}")
+    for name, arguments in make_arguments(*sizes, dtype).items():
+        check(name, arguments)
+        op = getattr(torch.ops.shiva, name)
+        calls = {name: ((lambda op=op, a=arguments: op(*a)), rivals(name, arguments))}
+        if (backward := backward_call(op, arguments)) is not None:
+            calls[f"{name} backward"] = (backward, {"torch": backward_call(getattr(reference, name), arguments)})
+        for label, (ours, others) in calls.items():
+            row = {
+                "op": label,
+                "measured_us": median_seconds(ours, scratch) * 1e6,
+                "predicted_us": predicted[label].seconds(gpu) * 1e6,
+                "others_us": {other: median_seconds(call, scratch) * 1e6 for other, call in others.items()},
+            }
+            rows.append(row)
+            others_text = ", ".join(f"{other} {time:.1f}" for other, time in row["others_us"].items())
+            times = f"{row['measured_us']:.1f} us, predicted {row['predicted_us']:.1f}"
+            print(f"{label}: {times} ({row['measured_us'] / row['predicted_us']:.2f}x); {others_text}")
+    content = {"command": f"python {' '.join(sys.argv)}", "gpu": device.name, "torch": torch.__version__, "rows": rows}
+    path = Path(args.out)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    temporary = path.with_suffix(".tmp")
+    temporary.write_text(json.dumps(content, indent=1) + "\n")
+    os.replace(temporary, path)
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,114 @@
+"""What each op must cost on a GPU, from the bytes it moves and the operations it does; no GPU is needed.
+
+    python benchmarks/roofline.py [--rows 2] [--tokens 4096] [--channels 1536] [--kept .6] [--hidden 64]
+
+Prints the table of docs/gpu_performance.md. `benchmarks/gpu_ops.py` sets measured times beside these.
+"""
+
+import argparse
+from dataclasses import dataclass
+
+
+@dataclass(frozen=True)
+class Gpu:
+    """Peak rates of one GPU, from its data sheet.
+
+    Attributes:
+        bandwidth: bytes a second from memory.
+        tensor: multiply-adds of bf16 with fp32 sums, in operations (2 each) a second, dense.
+        special: exponentials or reciprocals a second: 16 a clock and multiprocessor.
+    """
+
+    name: str
+    bandwidth: float
+    tensor: float
+    special: float
+
+
+H100 = Gpu("H100 SXM", 3.35e12, 989e12, 132 * 16 * 1.83e9)
+RTX4090 = Gpu("RTX 4090", 1.008e12, 165e12, 128 * 16 * 2.52e9)
+GPUS = (H100, RTX4090)
+LAUNCH = 2.5e-6  # seconds from one kernel's start to the next one's, back to back on a stream
+
+
+@dataclass(frozen=True)
+class Cost:
+    """Of one call: bytes moved, tensor-core operations, exponentials and reciprocals, kernels launched."""
+
+    bytes: float
+    tensor: float = 0
+    special: float = 0
+    launches: int = 1
+
+    def seconds(self, gpu: Gpu) -> float:
+        """The slowest of the three resources, or the launches if they take longer."""
+        work = max(self.bytes / gpu.bandwidth, self.tensor / gpu.tensor, self.special / gpu.special)
+        return max(work, self.launches * LAUNCH)
+
+    def bound(self, gpu: Gpu) -> str:
+        """Name of what decides."""
+        parts = {
+            "memory": self.bytes / gpu.bandwidth,
+            "tensor cores": self.tensor / gpu.tensor,
+            "exponentials": self.special / gpu.special,
+            "launches": self.launches * LAUNCH,
+        }
+        return max(parts, key=parts.get)
+
+
+def costs(B: int, N: int, D: int, k: int, H: int, size: int = 2) -> dict[str, Cost]:
+    """Every op's cost for x [B,N,D] of ``size`` bytes an element, k kept tokens, router width H, float32 scores."""
+    token, index, score = D * size, 8, 4
+    all_tokens, kept = B * N * token, B * k * token
+    indices, inverse = B * k * index, 2 * 4 * B * N  # the inverse index is written and read as int32
+    return {
+        "topk_select": Cost(B * N * (score + index)),
+        "soft_rank": Cost(2 * B * N * score, special=2 * B * N * N / 2, launches=2),
+        "soft_rank backward": Cost(3 * B * N * score, special=2 * B * N * N / 2, launches=2),
+        "token_gather": Cost(2 * kept + indices),
+        "token_gather backward": Cost(kept + all_tokens + indices + inverse, launches=2),
+        "token_scatter": Cost(2 * all_tokens + indices + inverse, launches=2),
+        "token_scatter_": Cost(2 * kept + indices),
+        "token_scatter backward": Cost(2 * all_tokens + indices + inverse, launches=2),
+        "residual_gate": Cost(2 * all_tokens + kept + indices, launches=2),
+        "residual_gate backward": Cost(3 * all_tokens + kept + indices + inverse + B * N * score, launches=2),
+        "counterfactual_scatter": Cost(2 * all_tokens + indices + inverse, launches=2),
+        "counterfactual_scatter backward": Cost(
+            3 * all_tokens + 3 * kept + indices + inverse + B * N * score, launches=2
+        ),
+        "router_score": Cost(all_tokens + H * token + B * N * score, tensor=2 * B * N * D * H, special=2 * B * N * H),
+        "router_score backward": Cost(
+            3 * all_tokens + 3 * B * N * H * size + 3 * H * token, tensor=6 * B * N * D * H, launches=5
+        ),
+        "gather_modulate": Cost(2 * kept + indices + 2 * B * token),
+        "gather_modulate backward": Cost(2 * kept + all_tokens + indices + inverse, launches=3),
+        "scatter_residual": Cost(2 * all_tokens + kept + indices + inverse, launches=2),
+        "scatter_residual backward": Cost(3 * kept + indices, launches=2),
+    }
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--rows", type=int, default=2)
+    parser.add_argument("--tokens", type=int, default=4096)
+    parser.add_argument("--channels", type=int, default=1536)
+    parser.add_argument("--kept", type=float, default=0.6)
+    parser.add_argument("--hidden", type=int, default=64)
+    args = parser.parse_args()
+    table = costs(args.rows, args.tokens, args.channels, int(args.kept * args.tokens), args.hidden)
+    print(
+        "| op | MB moved | GFLOP | M exp, 1/x | launches | "
+        + " | ".join(f"{g.name}, µs (bound by)" for g in GPUS)
+        + " |"
+    )
+    print("|---|---:|---:|---:|---:|" + "---:|" * len(GPUS))
+    for name, cost in table.items():
+        times = " | ".join(f"{cost.seconds(g) * 1e6:.1f} ({cost.bound(g)})" for g in GPUS)
+        print(
+            f"| `{name}` | {cost.bytes / 1e6:.2f} | {cost.tensor / 1e9:.2f} | {cost.special / 1e6:.2f} "
+            f"| {cost.launches} | {times} |"
+        )
+
+
+if __name__ == "__main__":
+    main()
