@@ -110,8 +110,7 @@ __global__ void __launch_bounds__(kThreads, 1)
   const T* mine = scores + first;  // one address for all loads: one for each would stay in registers to the end
   Key keys[kItems];
 #pragma unroll
-  for (int i = 0; i < kItems; ++i)
-    keys[i] = i * kWarp < n - first ? key_of(load(mine[i * kWarp])) : kNoToken<Key>;
+  for (int i = 0; i < kItems; ++i) keys[i] = i * kWarp < n - first ? key_of(load(mine[i * kWarp])) : kNoToken<Key>;
 
   Threshold<Key, int> threshold = {Key(0), k};
   for (int shift = 8 * sizeof(Key) - 8; shift >= 0; shift -= 8) {
