@@ -46,7 +46,7 @@ def run_ops_tests(variant: str) -> subprocess.CompletedProcess:
     }
     if variant == "asan":
         environment |= {"LD_PRELOAD": compiler_library("libasan.so"), "ASAN_OPTIONS": "detect_leaks=0"}
-    command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", *files]
+    command = [sys.executable, "-m", "pytest", "-p", "no:cacheprovider", *files]
     if chosen and not NIGHTLY:
         command += ["-k", chosen]
     return subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True)
