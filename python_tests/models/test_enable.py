@@ -83,9 +83,13 @@ def test_enabling_again_replaces_the_settings(model, artifact):
 def test_ratio_fixes_one_share_and_budget_scales_the_schedule(model):
     source = make_artifact(varying_table())
     assert shiva_ext.summary(enabled(model, source, ratio=0.25)).mean_ratio == 0.25
+    larger = make_model(sample_size=64, pos_embed_max_size=32)
+    cells = (LAYERS - 1) * len(source.table.sigmas)
     for budget in (0.4, 0.6, 0.8):
-        summary = shiva_ext.summary(enabled(model, source, budget=budget), num_tokens=4096, steps=source.table.sigmas)
-        assert summary.mean_ratio == pytest.approx(budget, abs=1 / 4096)
+        # Exact, to the nearest token of the whole schedule, at the image size that the model is configured for.
+        summary = shiva_ext.summary(enabled(larger, source, budget=budget), steps=source.table.sigmas)
+        assert summary.num_tokens == 1024
+        assert summary.mean_ratio == pytest.approx(budget, abs=0.5 / (1024 * cells) + 1e-6)
         assert len(set(summary.kept)) == len(source.table.sigmas)
     assert source.table == varying_table()
 
