@@ -60,17 +60,18 @@ def costs(B: int, N: int, D: int, k: int, H: int, size: int = 2) -> dict[str, Co
     """Every op's cost for x [B,N,D] of ``size`` bytes an element, k kept tokens, router width H, float32 scores."""
     token, index, score = D * size, 8, 4
     all_tokens, kept = B * N * token, B * k * token
-    indices, inverse = B * k * index, 2 * 4 * B * N  # the inverse index is written and read as int32
+    indices, inverse = B * k * index, 2 * 8 * B * N  # the inverse index is written and read
+    sorting = (N > 512) + (N > 4096)  # short rows are not sorted; rows beyond one block's reach are merged
     return {
         "topk_select": Cost(B * N * (score + index)),
-        "soft_rank": Cost(2 * B * N * score, special=2 * B * N * N / 2, launches=2),
-        "soft_rank backward": Cost(3 * B * N * score, special=2 * B * N * N / 2, launches=2),
+        "soft_rank": Cost(2 * B * N * score, special=2 * B * N * N / 2, launches=sorting + 2),
+        "soft_rank backward": Cost(3 * B * N * score, special=2 * B * N * N / 2, launches=sorting + 2),
         "token_gather": Cost(2 * kept + indices),
         "token_gather backward": Cost(kept + all_tokens + indices + inverse, launches=2),
         "token_scatter": Cost(2 * all_tokens + indices + inverse, launches=2),
         "token_scatter_": Cost(2 * kept + indices),
         "token_scatter backward": Cost(2 * all_tokens + indices + inverse, launches=2),
-        "residual_gate": Cost(2 * all_tokens + kept + indices, launches=2),
+        "residual_gate": Cost(2 * all_tokens + kept + indices + inverse, launches=2),
         "residual_gate backward": Cost(3 * all_tokens + kept + indices + inverse + B * N * score, launches=2),
         "counterfactual_scatter": Cost(2 * all_tokens + indices + inverse, launches=2),
         "counterfactual_scatter backward": Cost(
@@ -78,10 +79,10 @@ def costs(B: int, N: int, D: int, k: int, H: int, size: int = 2) -> dict[str, Co
         ),
         "router_score": Cost(all_tokens + H * token + B * N * score, tensor=2 * B * N * D * H, special=2 * B * N * H),
         "router_score backward": Cost(
-            3 * all_tokens + 3 * B * N * H * size + 3 * H * token, tensor=6 * B * N * D * H, launches=5
+            3 * all_tokens + 3 * B * N * H * size + 3 * H * token, tensor=6 * B * N * D * H, launches=6
         ),
         "gather_modulate": Cost(2 * kept + indices + 2 * B * token),
-        "gather_modulate backward": Cost(2 * kept + all_tokens + indices + inverse, launches=3),
+        "gather_modulate backward": Cost(2 * kept + all_tokens + indices + inverse, launches=4),
         "scatter_residual": Cost(2 * all_tokens + kept + indices + inverse, launches=2),
         "scatter_residual backward": Cost(3 * kept + indices, launches=2),
     }

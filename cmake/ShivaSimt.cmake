@@ -10,7 +10,7 @@ function(shiva_add_simt variant)
   # Kernels apart from the rest: under `race` only they may be instrumented.
   add_library(${name}_kernels OBJECT ${kernels})
   pybind11_add_module(${name} MODULE NO_EXTRAS csrc/simt/library.cpp csrc/simt/runtime.cpp csrc/simt/fibre.cpp
-    csrc/simt/race.cpp csrc/checks.cpp $<TARGET_OBJECTS:${name}_kernels>)
+    csrc/simt/race.cpp csrc/checks.cpp csrc/contracts.cpp $<TARGET_OBJECTS:${name}_kernels>)
   foreach(target ${name} ${name}_kernels)
     target_include_directories(${target} PRIVATE csrc)
     target_link_libraries(${target} PRIVATE torch_stable)

@@ -1,5 +1,6 @@
 #include "checks.h"
 
+#include <cstdlib>
 #include <sstream>
 
 namespace shiva {
@@ -69,7 +70,7 @@ void check_same_dtype(const char* op, const char* name, const Tensor& t, const c
       dtype_name(other.scalar_type()), "), got ", dtype_name(t.scalar_type()));
 }
 
-Tensor as_index(const char* op, const char* name, const Tensor& index, int64_t rows) {
+static Tensor as_index(const char* op, const char* name, const Tensor& index, int64_t rows) {
   SHIVA_CHECK(
       index.scalar_type() == ScalarType::Long || index.scalar_type() == ScalarType::Int, op, name,
       " must be int64 or int32, got ", dtype_name(index.scalar_type()));
@@ -78,7 +79,8 @@ Tensor as_index(const char* op, const char* name, const Tensor& index, int64_t r
       index.scalar_type() == ScalarType::Long ? index : torch::stable::to(index, ScalarType::Long));
 }
 
-void check_index_range(const char* op, const char* name, const Tensor& index, int64_t n) {
+// The values of a contiguous int64 tensor [rows, k] on the CPU lie in [0, n).
+static void check_index_range(const char* op, const char* name, const Tensor& index, int64_t n) {
   const int64_t* values = data<int64_t>(index);
   const int64_t count = index.numel();
   // An unsigned comparison catches negative values too; the sum has no branch, so the loop vectorises.
@@ -88,6 +90,18 @@ void check_index_range(const char* op, const char* name, const Tensor& index, in
     SHIVA_CHECK(
         values[i] >= 0 && values[i] < n, op, name, " must lie in [0, ", n, "), got ", values[i], " in row ",
         i / index.size(1), ", column ", i % index.size(1));
+}
+
+Tensor checked_index(const char* op, const char* name, const Tensor& index, int64_t rows, int64_t n, Place place) {
+  check_dim(op, name, index, 2, place);
+  const Tensor result = as_index(op, name, index, rows);
+  const char* wanted = std::getenv("SHIVA_CHECK_INDICES");
+  if (place == Place::Cpu)
+    check_index_range(op, name, result, n);
+  else if (wanted != nullptr && wanted[0] == '1')
+    check_index_range(
+        op, name, torch::stable::to(result, torch::stable::Device(torch::headeronly::DeviceType::CPU)), n);
+  return result;
 }
 
 Tensor with_dense_channels(const Tensor& t) {
@@ -105,13 +119,6 @@ Tensor as_accumulate(const char* op, const char* name, const Tensor& t, const Te
       t.scalar_type() == x.scalar_type() || t.scalar_type() == wanted, op, name, " must be ",
       dtype_name(x.scalar_type()), " or ", dtype_name(wanted), ", got ", dtype_name(t.scalar_type()));
   return torch::stable::contiguous(t.scalar_type() == wanted ? t : torch::stable::to(t, wanted));
-}
-
-void check_inclusion(const char* op, const Tensor& inclusion, const Tensor& x, Place place) {
-  check_shape(op, "inclusion", inclusion, {x.size(0), x.size(1)}, place);
-  SHIVA_CHECK(
-      inclusion.scalar_type() == accumulate_type(x), op, "inclusion must be ", dtype_name(accumulate_type(x)), ", got ",
-      dtype_name(inclusion.scalar_type()));
 }
 
 }  // namespace shiva

@@ -33,13 +33,9 @@ void check_dim(const char* op, const char* name, const Tensor& t, int64_t dim, P
 // Raises unless t is in this place and has exactly these sizes.
 void check_shape(const char* op, const char* name, const Tensor& t, const std::vector<int64_t>& sizes, Place place);
 void check_same_dtype(const char* op, const char* name, const Tensor& t, const char* other_name, const Tensor& other);
-// Raises unless inclusion is [B, N] in float32 (float64 for float64 x [B, N, D]).
-void check_inclusion(const char* op, const Tensor& inclusion, const Tensor& x, Place place);
-
-// Index [rows, k] as contiguous int64; raises unless it is int64 or int32 and has that many rows.
-Tensor as_index(const char* op, const char* name, const Tensor& index, int64_t rows);
-// Raises unless the values of a contiguous int64 tensor [rows, k] on the CPU lie in [0, n).
-void check_index_range(const char* op, const char* name, const Tensor& index, int64_t n);
+// Index as contiguous int64 [rows, k]; raises unless it is int64 or int32 and has that many rows. That its values lie
+// in [0, n) is always checked on the CPU; on a GPU under SHIVA_CHECK_INDICES=1 only, as it waits for the device.
+Tensor checked_index(const char* op, const char* name, const Tensor& index, int64_t rows, int64_t n, Place place);
 
 // float32, or float64 for float64 tensors.
 ScalarType accumulate_type(const Tensor& x);

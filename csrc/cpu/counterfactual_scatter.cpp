@@ -9,52 +9,34 @@ namespace {
 Tensor counterfactual_scatter(
     const Tensor& base, const Tensor& kept, const Tensor& src, const Tensor& inclusion, const Tensor& update,
     double kappa) {
-  constexpr char op[] = "counterfactual_scatter";
-  check_dim(op, "base", base, 3);
-  floating_dtype(op, "base", base);
-  const int64_t B = base.size(0), N = base.size(1), D = base.size(2);
-  const Tensor index = checked_index(op, "kept", kept, B, N);
-  check_shape(op, "src", src, {B, index.size(1), D});
-  check_same_dtype(op, "src", src, "base", base);
-  check_inclusion(op, inclusion, base);
-  check_shape(op, "update", update, {B, N, D});
-  check_same_dtype(op, "update", update, "base", base);
+  const Tokens t = check_counterfactual_scatter("counterfactual_scatter", base, kept, src, inclusion, update, kPlace);
   (void)kappa;
-  return replace_rows(base, index, src);
+  return replace_rows(base, t.index, src);
 }
 
 // -> grad_base [B, N, D] (zero at kept), grad_src [B, k, D], grad_inclusion [B, N]
 std::tuple<Tensor, Tensor, Tensor> counterfactual_scatter_backward(
     const Tensor& grad, const Tensor& base, const Tensor& kept, const Tensor& src, const Tensor& update, double kappa) {
-  constexpr char op[] = "counterfactual_scatter_backward";
-  check_dim(op, "base", base, 3);
-  const Dtype dtype = floating_dtype(op, "base", base);
-  const int64_t B = base.size(0), N = base.size(1), D = base.size(2);
-  const Tensor index = checked_index(op, "kept", kept, B, N);
-  const int64_t k = index.size(1), row_bytes = D * static_cast<int64_t>(base.element_size());
-  check_shape(op, "grad", grad, {B, N, D});
-  check_same_dtype(op, "grad", grad, "base", base);
-  check_shape(op, "src", src, {B, k, D});
-  check_same_dtype(op, "src", src, "base", base);
-  check_shape(op, "update", update, {B, N, D});
-  check_same_dtype(op, "update", update, "base", base);
-  Tensor grad_inclusion = torch::stable::new_empty(base, {B, N}, accumulate_type(base));
+  const Tokens t =
+      check_counterfactual_scatter_backward("counterfactual_scatter_backward", grad, base, kept, src, update, kPlace);
+  const int64_t N = t.N;
+  Tensor grad_inclusion = torch::stable::new_empty(base, {t.B, N}, accumulate_type(base));
   const Tensor dense_grad = with_dense_channels(grad), dense_base = with_dense_channels(base);
   const Tensor dense_src = with_dense_channels(src), dense_update = with_dense_channels(update);
   const Rows grads = rows_of(dense_grad), bases = rows_of(dense_base);
   const Rows sources = rows_of(dense_src), updates = rows_of(dense_update);
-  const std::vector<int64_t> position = inverse_index(index, N);
+  const std::vector<int64_t> position = inverse_index(t.index, N);
   const int64_t sum_bytes = static_cast<int64_t>(grad_inclusion.element_size());
-  parallel(B * N, 3 * row_bytes, [&](int64_t begin, int64_t end) {
+  parallel(t.B * N, 3 * t.row_bytes, [&](int64_t begin, int64_t end) {
     for (int64_t i = begin; i < end; ++i) {
       const int64_t b = i / N, token = i - b * N;
       SHIVA_CALL_KERNEL(
-          counterfactual_row, dtype, grads.at(b, token), bases.at(b, token),
-          position[i] >= 0 ? sources.at(b, position[i]) : nullptr, updates.at(b, token), D, kappa,
+          counterfactual_row, t.dtype, grads.at(b, token), bases.at(b, token),
+          position[i] >= 0 ? sources.at(b, position[i]) : nullptr, updates.at(b, token), t.D, kappa,
           data<char>(grad_inclusion) + i * sum_bytes);
     }
   });
-  auto [grad_base, grad_src] = split_rows(dense_grad, index);
+  auto [grad_base, grad_src] = split_rows(dense_grad, t.index);
   return {grad_base, grad_src, grad_inclusion};
 }
 

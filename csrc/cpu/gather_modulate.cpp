@@ -6,38 +6,20 @@
 namespace shiva::cpu {
 namespace {
 
-struct Checked {
-  Dtype dtype;
-  Tensor index;  // int64, contiguous
-};
-
-Checked check(const char* op, const Tensor& x, const Tensor& index, const Tensor& scale, double eps) {
-  check_dim(op, "x", x, 3);
-  const Dtype dtype = floating_dtype(op, "x", x);
-  check_shape(op, "scale", scale, {x.size(0), x.size(2)});
-  check_same_dtype(op, "scale", scale, "x", x);
-  SHIVA_CHECK(eps >= 0, op, "eps must not be negative, got ", eps);
-  return {dtype, checked_index(op, "index", index, x.size(0), x.size(1))};
-}
-
 // LayerNorm of the rows index [B, k] of x [B, N, D], * (1 + scale [B, D]) + shift [B, D] -> [B, k, D]
 Tensor gather_modulate(const Tensor& x, const Tensor& index, const Tensor& shift, const Tensor& scale, double eps) {
-  constexpr char op[] = "gather_modulate";
-  const auto [dtype, kept] = check(op, x, index, scale, eps);
-  check_shape(op, "shift", shift, {x.size(0), x.size(2)});
-  check_same_dtype(op, "shift", shift, "x", x);
-  const Dtype type = dtype;
-  const int64_t k = kept.size(1), D = x.size(2), row_bytes = D * static_cast<int64_t>(x.element_size());
-  Tensor out = torch::stable::new_empty(x, {x.size(0), k, D});
+  const Tokens t = check_gather_modulate("gather_modulate", x, index, shift, scale, eps, kPlace);
+  const int64_t k = t.k, D = t.D, row_bytes = t.row_bytes;
+  Tensor out = torch::stable::new_empty(x, {t.B, k, D});
   const Tensor dense = with_dense_channels(x);
   const Tensor shifts = torch::stable::contiguous(shift), scales = torch::stable::contiguous(scale);
   const Rows rows = rows_of(dense);
-  const int64_t* tokens = data<int64_t>(kept);
-  parallel(kept.numel(), 4 * row_bytes, [&](int64_t begin, int64_t end) {
+  const int64_t* tokens = data<int64_t>(t.index);
+  parallel(t.B * k, 4 * row_bytes, [&](int64_t begin, int64_t end) {
     for (int64_t i = begin; i < end; ++i) {
       const int64_t b = i / k;
       SHIVA_CALL_KERNEL(
-          modulate_row, type, rows.at(b, tokens[i]), data<char>(shifts) + b * row_bytes,
+          modulate_row, t.dtype, rows.at(b, tokens[i]), data<char>(shifts) + b * row_bytes,
           data<char>(scales) + b * row_bytes, D, eps, data<char>(out) + i * row_bytes);
     }
   });
@@ -47,14 +29,9 @@ Tensor gather_modulate(const Tensor& x, const Tensor& index, const Tensor& shift
 // grad [B, k, D] -> grad_x [B, N, D], grad_shift [B, D], grad_scale [B, D]
 std::tuple<Tensor, Tensor, Tensor> gather_modulate_backward(
     const Tensor& grad, const Tensor& x, const Tensor& index, const Tensor& scale, double eps) {
-  constexpr char op[] = "gather_modulate_backward";
-  const auto [dtype, kept] = check(op, x, index, scale, eps);
-  const Dtype type = dtype;
-  const int64_t B = x.size(0), k = kept.size(1), D = x.size(2);
-  check_shape(op, "grad", grad, {B, k, D});
-  check_same_dtype(op, "grad", grad, "x", x);
-  const int64_t row_bytes = D * static_cast<int64_t>(x.element_size());
-  Tensor grad_x = torch::stable::new_zeros(x, {B, x.size(1), D});
+  const Tokens t = check_gather_modulate_backward("gather_modulate_backward", grad, x, index, scale, eps, kPlace);
+  const int64_t B = t.B, k = t.k, D = t.D, row_bytes = t.row_bytes;
+  Tensor grad_x = torch::stable::new_zeros(x, {B, t.N, D});
   Tensor grad_shift = torch::stable::new_empty(x, {B, D}), grad_scale = torch::stable::new_empty(x, {B, D});
   const int64_t chunks = ceil_div(k, kSumRows);
   // [B, chunks, 2, D]: chunks are fixed, so the sums do not depend on the number of threads.
@@ -63,7 +40,7 @@ std::tuple<Tensor, Tensor, Tensor> gather_modulate_backward(
   const Tensor dense = with_dense_channels(x), dense_grad = with_dense_channels(grad);
   const Tensor scales = torch::stable::contiguous(scale);
   const Rows rows = rows_of(dense), grads = rows_of(dense_grad), outs = rows_of(grad_x);
-  const int64_t* tokens = data<int64_t>(kept);
+  const int64_t* tokens = data<int64_t>(t.index);
   parallel(B * chunks, 6 * row_bytes * kSumRows, [&](int64_t begin, int64_t end) {
     for (int64_t c = begin; c < end; ++c) {
       const int64_t b = c / chunks, first = (c % chunks) * kSumRows;
@@ -71,16 +48,16 @@ std::tuple<Tensor, Tensor, Tensor> gather_modulate_backward(
       for (int64_t j = first; j < std::min(first + kSumRows, k); ++j) {
         const int64_t token = tokens[b * k + j];
         SHIVA_CALL_KERNEL(
-            modulate_backward_row, type, grads.at(b, j), rows.at(b, token), data<char>(scales) + b * row_bytes, D, eps,
-            outs.at(b, token), shift_sum, shift_sum + partial_bytes);
+            modulate_backward_row, t.dtype, grads.at(b, j), rows.at(b, token), data<char>(scales) + b * row_bytes, D,
+            eps, outs.at(b, token), shift_sum, shift_sum + partial_bytes);
       }
     }
   });
   for (int64_t b = 0; b < B; ++b) {
     const char* sums = data<char>(partial) + 2 * b * chunks * partial_bytes;
-    SHIVA_CALL_KERNEL(reduce_partials, type, sums, chunks, 2 * D, D, data<char>(grad_shift) + b * row_bytes);
+    SHIVA_CALL_KERNEL(reduce_partials, t.dtype, sums, chunks, 2 * D, D, data<char>(grad_shift) + b * row_bytes);
     SHIVA_CALL_KERNEL(
-        reduce_partials, type, sums + partial_bytes, chunks, 2 * D, D, data<char>(grad_scale) + b * row_bytes);
+        reduce_partials, t.dtype, sums + partial_bytes, chunks, 2 * D, D, data<char>(grad_scale) + b * row_bytes);
   }
   return {grad_x, grad_shift, grad_scale};
 }

@@ -4,13 +4,6 @@
 
 namespace shiva::cpu {
 
-Tensor checked_index(const char* op, const char* name, const Tensor& index, int64_t rows, int64_t n) {
-  check_dim(op, name, index, 2);
-  Tensor result = as_index(op, name, index, rows);
-  check_index_range(op, name, result, n);
-  return result;
-}
-
 Rows rows_of(const Tensor& t) {
   const int64_t size = static_cast<int64_t>(t.element_size());
   const int64_t tokens = t.dim() - 2;

@@ -1,4 +1,4 @@
-// What every CPU launcher needs: argument checks with one error style, row views, threads.
+// What every CPU launcher needs: argument checks, row views, threads.
 #pragma once
 
 #include <torch/csrc/stable/library.h>
@@ -9,24 +9,13 @@
 #include <tuple>
 #include <vector>
 
-#include "checks.h"
+#include "contracts.h"
 #include "core/dtype.h"
 #include "core/index.h"
 
 namespace shiva::cpu {
 
-inline void check_dim(const char* op, const char* name, const Tensor& t, int64_t dim) {
-  shiva::check_dim(op, name, t, dim, Place::Cpu);
-}
-inline void check_shape(const char* op, const char* name, const Tensor& t, const std::vector<int64_t>& sizes) {
-  shiva::check_shape(op, name, t, sizes, Place::Cpu);
-}
-inline void check_inclusion(const char* op, const Tensor& inclusion, const Tensor& x) {
-  shiva::check_inclusion(op, inclusion, x, Place::Cpu);
-}
-
-// Index as contiguous int64 [rows, k]; raises unless it is int64 or int32 of that many rows with values in [0, n).
-Tensor checked_index(const char* op, const char* name, const Tensor& index, int64_t rows, int64_t n);
+constexpr Place kPlace = Place::Cpu;
 
 // Sums over tokens are taken over chunks of this many rows, then over the chunks: the same for any thread count.
 constexpr int64_t kSumRows = 64;

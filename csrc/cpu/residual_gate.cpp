@@ -8,18 +8,13 @@ namespace {
 
 // x [B, N, D], inclusion [B, N], kept [B, k] -> rows of x at kept [B, k, D], a copy of x
 std::tuple<Tensor, Tensor> residual_gate(const Tensor& x, const Tensor& inclusion, const Tensor& kept) {
-  constexpr char op[] = "residual_gate";
-  check_dim(op, "x", x, 3);
-  floating_dtype(op, "x", x);
-  const int64_t B = x.size(0), N = x.size(1), D = x.size(2);
-  check_inclusion(op, inclusion, x);
-  const Tensor index = checked_index(op, "kept", kept, B, N);
-  const int64_t k = index.size(1), row_bytes = D * static_cast<int64_t>(x.element_size());
-  Tensor selected = torch::stable::new_empty(x, {B, k, D});
-  Tensor base = torch::stable::new_empty(x, {B, N, D});
+  const Tokens t = check_residual_gate("residual_gate", x, inclusion, kept, kPlace);
+  const int64_t B = t.B, N = t.N, k = t.k, row_bytes = t.row_bytes;
+  Tensor selected = torch::stable::new_empty(x, {B, k, t.D});
+  Tensor base = torch::stable::new_empty(x, {B, N, t.D});
   const Tensor dense = with_dense_channels(x);
   const Rows from = rows_of(dense);
-  const std::vector<int64_t> position = inverse_index(index, N);
+  const std::vector<int64_t> position = inverse_index(t.index, N);
   char* to_base = data<char>(base);
   char* to_selected = data<char>(selected);
   parallel(B * N, 3 * row_bytes, [&](int64_t begin, int64_t end) {
@@ -37,28 +32,20 @@ std::tuple<Tensor, Tensor> residual_gate(const Tensor& x, const Tensor& inclusio
 // -> grad_x [B, N, D], grad_inclusion [B, N]
 std::tuple<Tensor, Tensor> residual_gate_backward(
     const Tensor& grad_selected, const Tensor& grad_base, const Tensor& x, const Tensor& kept) {
-  constexpr char op[] = "residual_gate_backward";
-  check_dim(op, "x", x, 3);
-  const Dtype dtype = floating_dtype(op, "x", x);
-  const int64_t B = x.size(0), N = x.size(1), D = x.size(2);
-  const Tensor index = checked_index(op, "kept", kept, B, N);
-  check_shape(op, "grad_selected", grad_selected, {B, index.size(1), D});
-  check_same_dtype(op, "grad_selected", grad_selected, "x", x);
-  check_shape(op, "grad_base", grad_base, {B, N, D});
-  check_same_dtype(op, "grad_base", grad_base, "x", x);
+  const Tokens t = check_residual_gate_backward("residual_gate_backward", grad_selected, grad_base, x, kept, kPlace);
+  const int64_t B = t.B, N = t.N, D = t.D, row_bytes = t.row_bytes;
   Tensor grad_x = torch::stable::new_empty(x, {B, N, D});
   Tensor grad_inclusion = torch::stable::new_empty(x, {B, N}, accumulate_type(x));
   const Tensor dense_x = with_dense_channels(x), dense_base = with_dense_channels(grad_base);
   const Tensor dense_selected = with_dense_channels(grad_selected);
   const Rows xs = rows_of(dense_x), bases = rows_of(dense_base), gates = rows_of(dense_selected);
-  const std::vector<int64_t> position = inverse_index(index, N);
-  const int64_t row_bytes = D * static_cast<int64_t>(x.element_size());
+  const std::vector<int64_t> position = inverse_index(t.index, N);
   const int64_t sum_bytes = static_cast<int64_t>(grad_inclusion.element_size());
   parallel(B * N, 4 * row_bytes, [&](int64_t begin, int64_t end) {
     for (int64_t i = begin; i < end; ++i) {
       const int64_t b = i / N, token = i - b * N;
       SHIVA_CALL_KERNEL(
-          residual_gate_row, dtype, xs.at(b, token), bases.at(b, token),
+          residual_gate_row, t.dtype, xs.at(b, token), bases.at(b, token),
           position[i] >= 0 ? gates.at(b, position[i]) : nullptr, D, data<char>(grad_x) + i * row_bytes,
           data<char>(grad_inclusion) + i * sum_bytes);
     }

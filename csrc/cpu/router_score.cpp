@@ -9,13 +9,9 @@ namespace shiva::cpu {
 namespace {
 
 // Arguments of both ops, checked, with the small parameters in the accumulation dtype.
-struct Router {
-  Dtype dtype;
-  int64_t B, N, D, H;
-  Tensor context;                    // [B, H]
-  Tensor ln_weight, ln_bias, w_out;  // [H]
-  Tensor weight;                     // [H] = ln_weight * w_out
-  double offset;                     // <ln_bias, w_out>
+struct Router : RouterArguments {
+  Tensor weight;  // [H] = ln_weight * w_out
+  double offset;  // <ln_bias, w_out>
 };
 
 template <typename T>
@@ -31,23 +27,7 @@ void fold(Router& r) {
 Router check(
     const char* op, const Tensor& x, const Tensor& context, const Tensor& w_in, const Tensor& ln_weight,
     const Tensor& ln_bias, const Tensor& w_out, double eps) {
-  check_dim(op, "x", x, 3);
-  Router r;
-  r.dtype = floating_dtype(op, "x", x);
-  check_dim(op, "w_in", w_in, 2);
-  r.B = x.size(0), r.N = x.size(1), r.D = x.size(2), r.H = w_in.size(0);
-  SHIVA_CHECK(r.H > 0, op, "w_in must have at least one row, got shape ", shape_of(w_in));
-  check_shape(op, "w_in", w_in, {r.H, r.D});
-  check_same_dtype(op, "w_in", w_in, "x", x);
-  check_shape(op, "context", context, {r.B, r.H});
-  check_shape(op, "ln_weight", ln_weight, {r.H});
-  check_shape(op, "ln_bias", ln_bias, {r.H});
-  check_shape(op, "w_out", w_out, {r.H});
-  SHIVA_CHECK(eps >= 0, op, "eps must not be negative, got ", eps);
-  r.context = as_accumulate(op, "context", context, x);
-  r.ln_weight = as_accumulate(op, "ln_weight", ln_weight, x);
-  r.ln_bias = as_accumulate(op, "ln_bias", ln_bias, x);
-  r.w_out = as_accumulate(op, "w_out", w_out, x);
+  Router r{check_router_score(op, x, context, w_in, ln_weight, ln_bias, w_out, eps, kPlace), {}, 0};
   r.weight = torch::stable::new_empty(r.w_out, {r.H});
   if (r.dtype == Dtype::Float64)
     fold<double>(r);
@@ -152,7 +132,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> router_score_backward
     const Tensor& ln_bias, const Tensor& w_out, double eps) {
   constexpr char op[] = "router_score_backward";
   const Router r = check(op, x, context, w_in, ln_weight, ln_bias, w_out, eps);
-  check_shape(op, "grad", grad, {r.B, r.N});
+  check_shape(op, "grad", grad, {r.B, r.N}, kPlace);
   const Tensor dense_grad = as_accumulate(op, "grad", grad, x);
   const ScalarType acc = accumulate_type(x);
   const int64_t chunks = ceil_div(r.N, kSumRows);

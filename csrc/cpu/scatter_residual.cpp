@@ -7,33 +7,16 @@
 namespace shiva::cpu {
 namespace {
 
-// Checks base or grad [B, N, D], index [B, k], update [B, k, D], gate [B, D]; returns the index as contiguous int64.
-Tensor check(
-    const char* op, const char* name, const Tensor& base, const Tensor& index, const Tensor& update,
-    const Tensor& gate) {
-  check_dim(op, name, base, 3);
-  floating_dtype(op, name, base);
-  const int64_t B = base.size(0), D = base.size(2);
-  const Tensor kept = checked_index(op, "index", index, B, base.size(1));
-  check_shape(op, "update", update, {B, kept.size(1), D});
-  check_same_dtype(op, "update", update, name, base);
-  check_shape(op, "gate", gate, {B, D});
-  check_same_dtype(op, "gate", gate, name, base);
-  return kept;
-}
-
 // base [B, N, D] with rows index [B, k] += gate [B, D] * update [B, k, D]
 Tensor scatter_residual(const Tensor& base, const Tensor& index, const Tensor& update, const Tensor& gate) {
   constexpr char op[] = "scatter_residual";
-  const Tensor kept = check(op, "base", base, index, update, gate);
-  const Dtype dtype = floating_dtype(op, "base", base);
-  const int64_t B = base.size(0), N = base.size(1), D = base.size(2);
-  const int64_t row_bytes = D * static_cast<int64_t>(base.element_size());
+  const Tokens t = check_scatter_residual(op, "base", base, index, update, gate, kPlace);
+  const int64_t B = t.B, N = t.N, D = t.D, row_bytes = t.row_bytes;
   Tensor out = torch::stable::new_empty(base, {B, N, D});
   const Tensor dense = with_dense_channels(base), dense_update = with_dense_channels(update);
   const Tensor gates = torch::stable::contiguous(gate);
   const Rows bases = rows_of(dense), updates = rows_of(dense_update);
-  const std::vector<int64_t> position = inverse_index(kept, N);
+  const std::vector<int64_t> position = inverse_index(t.index, N);
   parallel(B * N, 3 * row_bytes, [&](int64_t begin, int64_t end) {
     for (int64_t i = begin; i < end; ++i) {
       const int64_t b = i / N;
@@ -41,7 +24,7 @@ Tensor scatter_residual(const Tensor& base, const Tensor& index, const Tensor& u
       char* to = data<char>(out) + i * row_bytes;
       if (position[i] >= 0)
         SHIVA_CALL_KERNEL(
-            gated_add_row, dtype, row, updates.at(b, position[i]), data<char>(gates) + b * row_bytes, D, to);
+            gated_add_row, t.dtype, row, updates.at(b, position[i]), data<char>(gates) + b * row_bytes, D, to);
       else
         std::memcpy(to, row, static_cast<size_t>(row_bytes));
     }
@@ -53,10 +36,8 @@ Tensor scatter_residual(const Tensor& base, const Tensor& index, const Tensor& u
 std::tuple<Tensor, Tensor> scatter_residual_backward(
     const Tensor& grad, const Tensor& index, const Tensor& update, const Tensor& gate) {
   constexpr char op[] = "scatter_residual_backward";
-  const Tensor kept = check(op, "grad", grad, index, update, gate);
-  const Dtype dtype = floating_dtype(op, "grad", grad);
-  const int64_t B = grad.size(0), D = grad.size(2), k = kept.size(1), chunks = ceil_div(k, kSumRows);
-  const int64_t row_bytes = D * static_cast<int64_t>(grad.element_size());
+  const Tokens t = check_scatter_residual(op, "grad", grad, index, update, gate, kPlace);
+  const int64_t B = t.B, D = t.D, k = t.k, row_bytes = t.row_bytes, chunks = ceil_div(k, kSumRows);
   Tensor grad_update = torch::stable::new_empty(grad, {B, k, D});
   Tensor grad_gate = torch::stable::new_empty(grad, {B, D});
   Tensor partial = torch::stable::new_zeros(grad, {B, chunks, D}, accumulate_type(grad));
@@ -64,19 +45,19 @@ std::tuple<Tensor, Tensor> scatter_residual_backward(
   const Tensor dense = with_dense_channels(grad), dense_update = with_dense_channels(update);
   const Tensor gates = torch::stable::contiguous(gate);
   const Rows grads = rows_of(dense), updates = rows_of(dense_update), outs = rows_of(grad_update);
-  const int64_t* tokens = data<int64_t>(kept);
+  const int64_t* tokens = data<int64_t>(t.index);
   parallel(B * chunks, 3 * row_bytes * kSumRows, [&](int64_t begin, int64_t end) {
     for (int64_t c = begin; c < end; ++c) {
       const int64_t b = c / chunks, first = (c % chunks) * kSumRows;
       for (int64_t j = first; j < std::min(first + kSumRows, k); ++j)
         SHIVA_CALL_KERNEL(
-            gated_add_backward_row, dtype, grads.at(b, tokens[b * k + j]), updates.at(b, j),
+            gated_add_backward_row, t.dtype, grads.at(b, tokens[b * k + j]), updates.at(b, j),
             data<char>(gates) + b * row_bytes, D, outs.at(b, j), data<char>(partial) + c * partial_bytes);
     }
   });
   for (int64_t b = 0; b < B; ++b)
     SHIVA_CALL_KERNEL(
-        reduce_partials, dtype, data<char>(partial) + b * chunks * partial_bytes, chunks, D, D,
+        reduce_partials, t.dtype, data<char>(partial) + b * chunks * partial_bytes, chunks, D, D,
         data<char>(grad_gate) + b * row_bytes);
   return {grad_update, grad_gate};
 }

@@ -40,18 +40,6 @@ SortedRow<T> sort_row(const T* scores, int64_t n) {
   return row;
 }
 
-void check(const char* op, const Tensor& scores, double tau) {
-  check_dim(op, "scores", scores, 2);
-  floating_dtype(op, "scores", scores);
-  SHIVA_CHECK(tau > 0 && std::isfinite(tau), op, "tau must be a positive finite number, got ", tau);
-  SHIVA_CHECK(
-      scores.scalar_type() == ScalarType::Double || tau >= std::numeric_limits<float>::min(), op, "tau is ", tau,
-      ", below the range of float32, in which the ranks of these scores are computed; use float64 scores");
-  SHIVA_CHECK(
-      scores.size(1) < std::numeric_limits<int32_t>::max(), op, "scores has ", scores.size(1),
-      " tokens a row; at most 2^31 - 2 are supported");
-}
-
 // Fills the row's result where an infinity or NaN decides it, and calls window(begin, end) for finite chunks.
 // pair_of_infinities is NaN: inf - inf. lone_low and lone_high: the limits for a single infinite score.
 template <typename T>
@@ -117,7 +105,7 @@ void backward(const Tensor& grad, const Tensor& dense, const Tensor& out, Dtype 
 }
 
 Tensor soft_rank(const Tensor& scores, double tau) {
-  check("soft_rank", scores, tau);
+  check_soft_rank("soft_rank", scores, tau, kPlace);
   const ScalarType type = accumulate_type(scores);
   const Tensor dense = torch::stable::contiguous(torch::stable::to(scores, type));
   Tensor out = torch::stable::new_empty(scores, {scores.size(0), scores.size(1)}, type);
@@ -129,10 +117,7 @@ Tensor soft_rank(const Tensor& scores, double tau) {
 }
 
 Tensor soft_rank_backward(const Tensor& grad, const Tensor& scores, double tau) {
-  constexpr char op[] = "soft_rank_backward";
-  check(op, scores, tau);
-  check_shape(op, "grad", grad, {scores.size(0), scores.size(1)});
-  floating_dtype(op, "grad", grad);
+  check_soft_rank_backward("soft_rank_backward", grad, scores, tau, kPlace);
   const ScalarType type = accumulate_type(scores);
   const Tensor dense = torch::stable::contiguous(torch::stable::to(scores, type));
   const Tensor dense_grad = torch::stable::contiguous(torch::stable::to(grad, type));

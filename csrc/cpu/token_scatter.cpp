@@ -5,16 +5,6 @@
 namespace shiva::cpu {
 namespace {
 
-// Checks base [B, N, D], index [B, k], src [B, k, D]; returns the index as contiguous int64.
-Tensor check_scatter(const char* op, const Tensor& base, const Tensor& index, const Tensor& src) {
-  check_dim(op, "base", base, 3);
-  floating_dtype(op, "base", base);
-  const Tensor kept = checked_index(op, "index", index, base.size(0), base.size(1));
-  check_shape(op, "src", src, {base.size(0), kept.size(1), base.size(2)});
-  check_same_dtype(op, "src", src, "base", base);
-  return kept;
-}
-
 void write_rows(const Rows& to, const Tensor& kept, const Tensor& src, int64_t row_bytes) {
   const int64_t k = kept.size(1);
   const Tensor dense = with_dense_channels(src);
@@ -28,29 +18,24 @@ void write_rows(const Rows& to, const Tensor& kept, const Tensor& src, int64_t r
 
 // base [B, N, D] with the rows index [B, k] replaced by src [B, k, D]
 Tensor token_scatter(const Tensor& base, const Tensor& index, const Tensor& src) {
-  return replace_rows(base, check_scatter("token_scatter", base, index, src), src);
+  return replace_rows(base, check_token_scatter("token_scatter", base, index, src, kPlace).index, src);
 }
 
 void token_scatter_(Tensor base, const Tensor& index, const Tensor& src) {
   constexpr char op[] = "token_scatter_";
-  const Tensor kept = check_scatter(op, base, index, src);
+  const Tokens t = check_token_scatter(op, base, index, src, kPlace);
   for (int64_t d = 0; d < 3; ++d)
     SHIVA_CHECK(
         base.size(d) <= 1 || base.stride(d) != 0, op,
         "base is expanded, its rows share memory; call it on base.clone()");
-  const int64_t row_bytes = base.size(2) * static_cast<int64_t>(base.element_size());
   const Tensor dense = with_dense_channels(base);
-  write_rows(rows_of(dense), kept, src, row_bytes);
+  write_rows(rows_of(dense), t.index, src, t.row_bytes);
   if (dense.data_ptr() != base.data_ptr()) torch::stable::copy_(base, dense);
 }
 
 // -> grad with the rows index set to zero [B, N, D], grad gathered at index [B, k, D]
 std::tuple<Tensor, Tensor> token_scatter_backward(const Tensor& grad, const Tensor& index) {
-  constexpr char op[] = "token_scatter_backward";
-  check_dim(op, "grad", grad, 3);
-  floating_dtype(op, "grad", grad);
-  const Tensor kept = checked_index(op, "index", index, grad.size(0), grad.size(1));
-  return split_rows(grad, kept);
+  return split_rows(grad, check_token_scatter_backward("token_scatter_backward", grad, index, kPlace).index);
 }
 
 }  // namespace

@@ -6,13 +6,9 @@
 namespace shiva::cpu {
 namespace {
 
-constexpr char kOp[] = "topk_select";
-
 std::tuple<Tensor, Tensor> topk_select(const Tensor& scores, int64_t k) {
-  check_dim(kOp, "scores", scores, 2);
-  const Dtype dtype = floating_dtype(kOp, "scores", scores);
-  const int64_t B = scores.size(0), N = scores.size(1);
-  SHIVA_CHECK(k >= 0 && k <= N, kOp, "k must lie in [0, ", N, "], the number of tokens, got ", k);
+  const Scores checked = check_topk_select("topk_select", scores, k, kPlace);
+  const int64_t B = checked.B, N = checked.N;
   const Tensor dense = torch::stable::contiguous(scores);
   Tensor kept = torch::stable::new_empty(scores, {B, k}, ScalarType::Long);
   Tensor rejected = torch::stable::new_empty(scores, {B, N - k}, ScalarType::Long);
@@ -27,7 +23,7 @@ std::tuple<Tensor, Tensor> topk_select(const Tensor& scores, int64_t k) {
         int64_t* all = k == 0 ? rejected_row : kept_row;
         for (int64_t i = 0; i < N; ++i) all[i] = i;
       } else {
-        SHIVA_CALL_KERNEL(topk_select_row, dtype, in + b * row_bytes, N, k, keys.get(), kept_row, rejected_row);
+        SHIVA_CALL_KERNEL(topk_select_row, checked.dtype, in + b * row_bytes, N, k, keys.get(), kept_row, rejected_row);
       }
     }
   });

@@ -11,26 +11,17 @@ Tensor counterfactual_scatter(
     const Tensor& base, const Tensor& kept, const Tensor& src, const Tensor& inclusion, const Tensor& update,
     double kappa) {
   constexpr char op[] = "counterfactual_scatter";
-  check_dim(op, "base", base, 3);
-  floating_dtype(op, "base", base);
-  const int64_t B = base.size(0), N = base.size(1), D = base.size(2);
-  const Tensor index = checked_index(op, "kept", kept, B, N);
-  check_shape(op, "src", src, {B, index.size(1), D});
-  check_same_dtype(op, "src", src, "base", base);
-  check_inclusion(op, inclusion, base, kPlace);
-  check_shape(op, "update", update, {B, N, D});
-  check_same_dtype(op, "update", update, "base", base);
+  const Tokens t = check_counterfactual_scatter(op, base, kept, src, inclusion, update, kPlace);
+  const int64_t B = t.B, N = t.N;
   (void)kappa;
-  const Guard guard(base);
+  const Guard guard(op, base, kept, src, inclusion, update);
   const Tensor dense = with_dense_channels(base), dense_src = with_dense_channels(src);
   const Tensor position = torch::stable::new_empty(base, {B, N}, ScalarType::Long);
-  Tensor out = torch::stable::new_empty(base, {B, N, D});
+  Tensor out = torch::stable::new_empty(base, {B, N, t.D});
   if (out.numel() == 0) return out;
   const Stream stream = current_stream(base);
-  invert_index(data<int64_t>(index), B, index.size(1), N, data<int64_t>(position), stream);
-  replace_rows(
-      rows_of(dense), rows_of(dense_src), data<int64_t>(position), B, N, D * static_cast<int64_t>(base.element_size()),
-      data<char>(out), stream);
+  invert_index(data<int64_t>(t.index), B, t.k, N, data<int64_t>(position), stream);
+  replace_rows(rows_of(dense), rows_of(dense_src), data<int64_t>(position), B, N, t.row_bytes, data<char>(out), stream);
   check_launch(op);
   return out;
 }
@@ -39,38 +30,30 @@ Tensor counterfactual_scatter(
 std::tuple<Tensor, Tensor, Tensor> counterfactual_scatter_backward(
     const Tensor& grad, const Tensor& base, const Tensor& kept, const Tensor& src, const Tensor& update, double kappa) {
   constexpr char op[] = "counterfactual_scatter_backward";
-  check_dim(op, "base", base, 3);
-  const Dtype dtype = floating_dtype(op, "base", base);
-  const int64_t B = base.size(0), N = base.size(1), D = base.size(2);
-  const Tensor index = checked_index(op, "kept", kept, B, N);
-  const int64_t k = index.size(1), row_bytes = D * static_cast<int64_t>(base.element_size());
-  check_shape(op, "grad", grad, {B, N, D});
-  check_same_dtype(op, "grad", grad, "base", base);
-  check_shape(op, "src", src, {B, k, D});
-  check_same_dtype(op, "src", src, "base", base);
-  check_shape(op, "update", update, {B, N, D});
-  check_same_dtype(op, "update", update, "base", base);
-  const Guard guard(base);
+  const Tokens t = check_counterfactual_scatter_backward(op, grad, base, kept, src, update, kPlace);
+  const int64_t B = t.B, N = t.N, k = t.k;
+  const Guard guard(op, grad, base, kept, src, update);
   const Tensor dense_grad = with_dense_channels(grad), dense_base = with_dense_channels(base);
   const Tensor dense_src = with_dense_channels(src), dense_update = with_dense_channels(update);
   const Tensor position = torch::stable::new_empty(base, {B, N}, ScalarType::Long);
-  Tensor grad_base = torch::stable::new_empty(base, {B, N, D}), grad_src = torch::stable::new_empty(base, {B, k, D});
+  Tensor grad_base = torch::stable::new_empty(base, {B, N, t.D}),
+         grad_src = torch::stable::new_empty(base, {B, k, t.D});
   Tensor grad_inclusion = torch::stable::new_empty(base, {B, N}, accumulate_type(base));
   if (B * N == 0) return {grad_base, grad_src, grad_inclusion};
   const Stream stream = current_stream(base);
-  invert_index(data<int64_t>(index), B, k, N, data<int64_t>(position), stream);
+  invert_index(data<int64_t>(t.index), B, k, N, data<int64_t>(position), stream);
   const Rows grads = rows_of(dense_grad), bases = rows_of(dense_base);
   const Rows sources = rows_of(dense_src), updates = rows_of(dense_update);
   const uint64_t alignment =
-      common_alignment(row_bytes, grads, bases, sources, updates, rows_of(grad_base), rows_of(grad_src));
-  dispatch(dtype, [&](auto* element) {
+      common_alignment(t.row_bytes, grads, bases, sources, updates, rows_of(grad_base), rows_of(grad_src));
+  dispatch(t.dtype, [&](auto* element) {
     using T = std::remove_pointer_t<decltype(element)>;
     dispatch_pack<T>(alignment, [&](auto* type) {
       using P = std::remove_pointer_t<decltype(type)>;
       SHIVA_LAUNCH(
           counterfactual_scatter_backward_kernel<P>, row_blocks(B * N), kRowThreads, 0, stream, grads, bases, sources,
-          updates, data<int64_t>(position), B * N, N, k, D / P::size, static_cast<acc_t<T>>(kappa), data<P>(grad_base),
-          data<P>(grad_src), data<acc_t<T>>(grad_inclusion));
+          updates, data<int64_t>(position), B * N, N, k, t.D / P::size, static_cast<acc_t<T>>(kappa),
+          data<P>(grad_base), data<P>(grad_src), data<acc_t<T>>(grad_inclusion));
     });
   });
   check_launch(op);

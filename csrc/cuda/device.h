@@ -133,17 +133,4 @@ SHIVA_DEVICE T warp_exclusive_sum(T value, T* total) {
   return inclusive - value;
 }
 
-// ---- copies into shared memory that run beside the arithmetic; Turing copies at once
-
-#if defined(SHIVA_SIMT)
-SHIVA_DEVICE void cp_async16(void* shared, const void* global, bool valid = true) {
-  ::shiva::simt::async_copy(shared, global, 16, valid ? 0 : 16);
-}
-SHIVA_DEVICE void cp_async_commit() { ::shiva::simt::async_commit(); }
-template <int kInFlight>
-SHIVA_DEVICE void cp_async_wait() {
-  ::shiva::simt::async_wait(kInFlight);
-}
-#endif
-
 }  // namespace shiva::cuda

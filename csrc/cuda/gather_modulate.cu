@@ -1,25 +1,9 @@
-#include <algorithm>
-#include <climits>
-
 #include "cuda/gather_modulate_kernel.cuh"
+#include "cuda/inverse_index.cuh"
 #include "cuda/launch.h"
 
 namespace shiva::cuda {
 namespace {
-
-struct Checked {
-  Dtype dtype;
-  Tensor index;  // int64, contiguous
-};
-
-Checked check(const char* op, const Tensor& x, const Tensor& index, const Tensor& scale, double eps) {
-  check_dim(op, "x", x, 3);
-  const Dtype dtype = floating_dtype(op, "x", x);
-  check_shape(op, "scale", scale, {x.size(0), x.size(2)});
-  check_same_dtype(op, "scale", scale, "x", x);
-  SHIVA_CHECK(eps >= 0, op, "eps must not be negative, got ", eps);
-  return {dtype, checked_index(op, "index", index, x.size(0), x.size(1))};
-}
 
 Strides strides_of(const Tensor& t) { return {t.size(0) > 1 ? t.stride(0) : 0, t.size(1) > 1 ? t.stride(1) : 0}; }
 
@@ -67,17 +51,15 @@ void modulate(const char* op, const Forward& f) {
 // LayerNorm of the rows index [B, k] of x [B, N, D], * (1 + scale [B, D]) + shift [B, D] -> [B, k, D]
 Tensor gather_modulate(const Tensor& x, const Tensor& index, const Tensor& shift, const Tensor& scale, double eps) {
   constexpr char op[] = "gather_modulate";
-  const auto [dtype, kept] = check(op, x, index, scale, eps);
-  check_shape(op, "shift", shift, {x.size(0), x.size(2)});
-  check_same_dtype(op, "shift", shift, "x", x);
-  const Guard guard(x);
-  const int64_t k = kept.size(1), D = x.size(2);
+  const Tokens t = check_gather_modulate(op, x, index, shift, scale, eps, kPlace);
+  const int64_t D = t.D;
+  const Guard guard(op, x, index, shift, scale);
   const Tensor dense = with_dense_channels(x);
   const Tensor shifts = torch::stable::contiguous(shift), scales = torch::stable::contiguous(scale);
-  Tensor out = torch::stable::new_empty(x, {x.size(0), k, D});
+  Tensor out = torch::stable::new_empty(x, {t.B, t.k, D});
   if (out.numel() == 0) return out;
-  const Forward f = {dense, kept, shifts, scales, kept.numel(), k, D, eps, out, current_stream(x)};
-  dispatch(dtype, [&](auto* type) {
+  const Forward f = {dense, t.index, shifts, scales, t.B * t.k, t.k, D, eps, out, current_stream(x)};
+  dispatch(t.dtype, [&](auto* type) {
     using T = std::remove_pointer_t<decltype(type)>;
     constexpr int kWidth = Vec<T>::size;
     const bool vectors = D % kWidth == 0 && rows_are_aligned(data<T>(dense), strides_of(dense), kWidth) &&
@@ -108,20 +90,16 @@ void modulate_backward(const char* op, const ModulateBackward<T>& m, int64_t B, 
 void zero_other_rows(const char* op, const Tensor& index, const Tensor& grad_x, Stream stream) {
   const int64_t B = grad_x.size(0), N = grad_x.size(1), k = index.size(1);
   const int64_t row_bytes = grad_x.size(2) * static_cast<int64_t>(grad_x.element_size());
-  SHIVA_CHECK(N <= INT_MAX, op, "x has ", N, " tokens, more than 2^31 - 1; split it");
-  const Tensor position = torch::stable::new_empty(grad_x, {B, N}, ScalarType::Int);
-  const int threads = static_cast<int>(std::min<int64_t>(ceil_div(N, kWarp) * kWarp, kPositionThreads));
-  SHIVA_LAUNCH(
-      token_positions_kernel<int64_t>, grid_size(op, B), threads, 0, stream, data<int64_t>(index), k, N,
-      data<int>(position));
+  const Tensor position = torch::stable::new_empty(grad_x, {B, N}, ScalarType::Long);
+  invert_index(data<int64_t>(index), B, k, N, data<int64_t>(position), stream);
   const unsigned blocks = grid_size(op, ceil_div(B * N, kWarpRowThreads / kWarp));
   if (row_bytes % 16 == 0)
     SHIVA_LAUNCH(
-        zero_absent_rows_kernel<uint4>, blocks, kWarpRowThreads, 0, stream, data<int>(position), B * N, row_bytes / 16,
-        data<uint4>(grad_x));
+        zero_absent_rows_kernel<uint4>, blocks, kWarpRowThreads, 0, stream, data<int64_t>(position), B * N,
+        row_bytes / 16, data<uint4>(grad_x));
   else
     SHIVA_LAUNCH(
-        zero_absent_rows_kernel<uint16_t>, blocks, kWarpRowThreads, 0, stream, data<int>(position), B * N,
+        zero_absent_rows_kernel<uint16_t>, blocks, kWarpRowThreads, 0, stream, data<int64_t>(position), B * N,
         row_bytes / 2, data<uint16_t>(grad_x));
 }
 
@@ -129,12 +107,9 @@ void zero_other_rows(const char* op, const Tensor& index, const Tensor& grad_x, 
 std::tuple<Tensor, Tensor, Tensor> gather_modulate_backward(
     const Tensor& grad, const Tensor& x, const Tensor& index, const Tensor& scale, double eps) {
   constexpr char op[] = "gather_modulate_backward";
-  const auto [dtype, kept] = check(op, x, index, scale, eps);
-  const Tensor tokens = kept;  // structured bindings cannot enter the lambda
-  const int64_t B = x.size(0), N = x.size(1), k = kept.size(1), D = x.size(2);
-  check_shape(op, "grad", grad, {B, k, D});
-  check_same_dtype(op, "grad", grad, "x", x);
-  const Guard guard(x);
+  const Tokens t = check_gather_modulate_backward(op, grad, x, index, scale, eps, kPlace);
+  const int64_t B = t.B, N = t.N, k = t.k, D = t.D;
+  const Guard guard(op, x, grad, index, scale);
   const Tensor dense = with_dense_channels(x), dense_grad = with_dense_channels(grad);
   const Tensor scales = torch::stable::contiguous(scale);
   Tensor grad_x = torch::stable::new_empty(x, {B, N, D});
@@ -143,8 +118,8 @@ std::tuple<Tensor, Tensor, Tensor> gather_modulate_backward(
   const int64_t chunk_rows = rows_per_chunk(B * k), chunks = ceil_div(k, chunk_rows);
   const Tensor partial = torch::stable::new_empty(x, {B, chunks, 2, D}, accumulate_type(x));
   const Stream stream = current_stream(x);
-  if (N > 0) zero_other_rows(op, kept, grad_x, stream);
-  dispatch(dtype, [&](auto* type) {
+  if (N > 0) zero_other_rows(op, t.index, grad_x, stream);
+  dispatch(t.dtype, [&](auto* type) {
     using T = std::remove_pointer_t<decltype(type)>;
     constexpr int kWidth = Vec<T>::size;
     const Strides x_strides = strides_of(dense), grad_strides = strides_of(dense_grad);
@@ -153,7 +128,7 @@ std::tuple<Tensor, Tensor, Tensor> gather_modulate_backward(
         .grad_strides = grad_strides,
         .x = data<T>(dense),
         .x_strides = x_strides,
-        .index = data<int64_t>(tokens),
+        .index = data<int64_t>(t.index),
         .scale = data<T>(scales),
         .N = N,
         .k = k,

@@ -274,7 +274,7 @@ __global__ void __launch_bounds__(kWideRowThreads, 2)
 // Zeroes the rows [units] of out [rows, units] whose position is -1: a warp a row.
 template <typename Unit>
 __global__ void __launch_bounds__(kWarpRowThreads)
-    zero_absent_rows_kernel(const int* __restrict__ position, int64_t rows, int64_t units, Unit* __restrict__ out) {
+    zero_absent_rows_kernel(const int64_t* __restrict__ position, int64_t rows, int64_t units, Unit* __restrict__ out) {
   const int64_t block = blockIdx.x, i = block * (kWarpRowThreads / kWarp) + threadIdx.x / kWarp;
   if (i >= rows || position[i] >= 0) return;
   for (int64_t u = threadIdx.x % kWarp; u < units; u += kWarp) out[i * units + u] = Unit{};

@@ -1,7 +1,5 @@
 #include "cuda/launch.h"
 
-#include <cstdlib>
-
 #if !defined(SHIVA_SIMT)
 #include <dlfcn.h>
 #endif
@@ -25,6 +23,12 @@ Stream current_stream(const Tensor& t) {
   return static_cast<Stream>(stream);
 }
 
+void check_same_gpu(const char* op, const Tensor& a, const Tensor& b) {
+  SHIVA_CHECK(
+      a.get_device_index() == b.get_device_index(), op, "the arguments are on GPU ", a.get_device_index(), " and GPU ",
+      b.get_device_index(), "; move all arguments to one device");
+}
+
 void check_launch(const char* op) {
   const cudaError_t error = cudaGetLastError();
   SHIVA_CHECK(error == cudaSuccess, op, "the kernel could not be launched: ", cudaGetErrorString(error));
@@ -35,16 +39,6 @@ unsigned grid_size(const char* op, int64_t blocks) {
   SHIVA_CHECK(
       blocks <= 0x7fffffff, op, "the input needs ", blocks, " blocks of threads, more than CUDA's 2^31 - 1; split it");
   return static_cast<unsigned>(blocks);
-}
-
-Tensor checked_index(const char* op, const char* name, const Tensor& index, int64_t rows, int64_t n) {
-  check_dim(op, name, index, 2);
-  const Tensor result = as_index(op, name, index, rows);
-  const char* wanted = std::getenv("SHIVA_CHECK_INDICES");
-  if (wanted != nullptr && wanted[0] == '1')
-    check_index_range(
-        op, name, torch::stable::to(result, torch::stable::Device(torch::headeronly::DeviceType::CPU)), n);
-  return result;
 }
 
 }  // namespace shiva::cuda

@@ -1,4 +1,4 @@
-// What every CUDA launcher needs: argument checks in one error style, the stream, the launch check, registration.
+// What every CUDA launcher needs: argument checks, the stream, the launch check, registration.
 //
 // A launcher goes: checks, device guard, contiguous, empty return, stream, launch, launch check. The same source builds
 // into the simulator's library, where tensors are on the CPU and the ops are called torch.ops.shiva_simt.*.
@@ -9,7 +9,7 @@
 #include <torch/csrc/stable/ops.h>
 #include <torch/csrc/stable/tensor.h>
 
-#include "checks.h"
+#include "contracts.h"
 #include "core/dtype.h"
 #include "cuda/device.h"
 
@@ -29,16 +29,22 @@ using torch::stable::Tensor;
 constexpr Place kPlace = Place::Cpu;
 using Stream = int;
 struct Guard {
-  explicit Guard(const Tensor&) {}
+  template <typename... T>
+  explicit Guard(const char*, const Tensor&, const T&...) {}
 };
 inline Stream current_stream(const Tensor&) { return 0; }
 inline void check_launch(const char*) {}
 #else
 constexpr Place kPlace = Place::Cuda;
 using Stream = cudaStream_t;
+void check_same_gpu(const char* op, const Tensor& a, const Tensor& b);
+// Makes the first tensor's GPU the current one; raises if another tensor is on another GPU.
 struct Guard {
   torch::stable::accelerator::DeviceGuard guard;
-  explicit Guard(const Tensor& t) : guard(t.get_device_index()) {}
+  template <typename... T>
+  Guard(const char* op, const Tensor& first, const T&... others) : guard(first.get_device_index()) {
+    (check_same_gpu(op, first, others), ...);
+  }
 };
 Stream current_stream(const Tensor& t);
 // Raises what CUDA says if the launch before was refused.
@@ -47,17 +53,6 @@ void check_launch(const char* op);
 
 // Blocks of a grid's x dimension; raises beyond CUDA's 2^31 - 1.
 unsigned grid_size(const char* op, int64_t blocks);
-
-inline void check_dim(const char* op, const char* name, const Tensor& t, int64_t dim) {
-  shiva::check_dim(op, name, t, dim, kPlace);
-}
-inline void check_shape(const char* op, const char* name, const Tensor& t, const std::vector<int64_t>& sizes) {
-  shiva::check_shape(op, name, t, sizes, kPlace);
-}
-
-// Index as contiguous int64 [rows, k]. That its values lie in [0, n) is checked under SHIVA_CHECK_INDICES=1 only:
-// looking at them waits for the device.
-Tensor checked_index(const char* op, const char* name, const Tensor& index, int64_t rows, int64_t n);
 
 // Calls body with a null pointer of the element type that dtype names.
 template <typename Body>

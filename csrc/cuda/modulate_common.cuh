@@ -1,5 +1,4 @@
-// What gather_modulate and scatter_residual share: packs of channels, sums over a block, sums over chunks of rows, and
-// the place of each token in an index.
+// What gather_modulate and scatter_residual share: packs of channels, sums over a block, sums over chunks of rows.
 #pragma once
 
 #include "cuda/device.h"
@@ -112,23 +111,6 @@ __global__ void __launch_bounds__(kSumWarps* kWarp) sum_chunks_kernel(
     first[b * D + column] = store<T>(sum);
   else
     second[b * D + column - D] = store<T>(sum);
-}
-
-// ---- where each token stands in an index
-
-constexpr int kPositionThreads = 1024;
-
-// position[b, n] = place of token n in index[b], or -1: one block a batch row. n < 2^31. A template for its linkage.
-template <typename Index>
-__global__ void __launch_bounds__(kPositionThreads)
-    token_positions_kernel(const Index* __restrict__ index, int64_t k, int64_t n, int* __restrict__ position) {
-  const int64_t b = blockIdx.x;
-  const Index* tokens = index + b * k;
-  int* row = position + b * n;
-  for (int64_t t = threadIdx.x; t < n; t += blockDim.x) row[t] = -1;
-  __syncthreads();
-#pragma unroll 4
-  for (int64_t j = threadIdx.x; j < k; j += blockDim.x) row[tokens[j]] = static_cast<int>(j);
 }
 
 }  // namespace shiva::cuda

@@ -8,14 +8,10 @@
 namespace shiva::cuda {
 namespace {
 
-// Arguments of both ops, checked and contiguous, the small parameters in the accumulation dtype.
-struct Router {
+// Arguments of both ops, contiguous.
+struct Router : RouterArguments {
   const char* op;
-  Dtype dtype;
-  int64_t B, N, D, H;
-  Tensor x, w_in;                    // [B, N, D], [H, D]
-  Tensor context;                    // [B, H]
-  Tensor ln_weight, ln_bias, w_out;  // [H]
+  Tensor x, w_in;  // [B, N, D], [H, D]
   double eps;
   Stream stream;
 
@@ -31,32 +27,11 @@ struct Router {
 Router check(
     const char* op, const Tensor& x, const Tensor& context, const Tensor& w_in, const Tensor& ln_weight,
     const Tensor& ln_bias, const Tensor& w_out, double eps) {
-  check_dim(op, "x", x, 3);
-  Router r;
-  r.op = op;
-  r.dtype = floating_dtype(op, "x", x);
-  check_dim(op, "w_in", w_in, 2);
-  r.B = x.size(0), r.N = x.size(1), r.D = x.size(2), r.H = w_in.size(0);
-  SHIVA_CHECK(r.H > 0, op, "w_in must have at least one row, got shape ", shape_of(w_in));
-  check_shape(op, "w_in", w_in, {r.H, r.D});
-  check_same_dtype(op, "w_in", w_in, "x", x);
-  check_shape(op, "context", context, {r.B, r.H});
-  check_shape(op, "ln_weight", ln_weight, {r.H});
-  check_shape(op, "ln_bias", ln_bias, {r.H});
-  check_shape(op, "w_out", w_out, {r.H});
-  SHIVA_CHECK(eps >= 0, op, "eps must not be negative, got ", eps);
-  r.context = as_accumulate(op, "context", context, x);
-  r.ln_weight = as_accumulate(op, "ln_weight", ln_weight, x);
-  r.ln_bias = as_accumulate(op, "ln_bias", ln_bias, x);
-  r.w_out = as_accumulate(op, "w_out", w_out, x);
-  r.x = torch::stable::contiguous(x);
-  r.w_in = torch::stable::contiguous(w_in);
-  r.eps = eps;
-  r.stream = current_stream(x);
-  return r;
+  const RouterArguments arguments = check_router_score(op, x, context, w_in, ln_weight, ln_bias, w_out, eps, kPlace);
+  return {arguments, op, torch::stable::contiguous(x), torch::stable::contiguous(w_in), eps, current_stream(x)};
 }
 
-// Whether the device multiplies T on tensor cores and the rows can be copied 16 bytes at a time.
+// Whether the code multiplies T on tensor cores and the rows can be copied 16 bytes at a time.
 template <typename T>
 bool has_mma(const Router& r) {
   const auto aligned = [](const Tensor& t) { return reinterpret_cast<uintptr_t>(t.data_ptr()) % 16 == 0; };
@@ -64,9 +39,10 @@ bool has_mma(const Router& r) {
 #if defined(SHIVA_SIMT)
   return true;
 #else
-  int major = 0;
-  cudaDeviceGetAttribute(&major, cudaDevAttrComputeCapabilityMajor, r.x.get_device_index());
-  return major >= (std::is_same_v<T, bf16> ? 8 : 7);
+  // What the running code was compiled for decides, not the device: on a new one it may be an old architecture's PTX.
+  cudaFuncAttributes code = {};
+  const bool known = cudaFuncGetAttributes(&code, router_score_kernel<MmaProduct<T, 64, 64, 5>>) == cudaSuccess;
+  return known && code.ptxVersion >= (std::is_same_v<T, bf16> ? 80 : 75);
 #endif
 }
 
@@ -141,7 +117,7 @@ Tensor router_score(
     const Tensor& w_out, double eps) {
   constexpr char op[] = "router_score";
   const Router r = check(op, x, context, w_in, ln_weight, ln_bias, w_out, eps);
-  const Guard guard(x);
+  const Guard guard(op, x, context, w_in, ln_weight, ln_bias, w_out);
   Tensor scores = torch::stable::new_empty(x, {r.B, r.N}, accumulate_type(x));
   if (scores.numel() == 0) return scores;
   dispatch(r.dtype, [&](auto* type) {
@@ -214,8 +190,8 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> router_score_backward
     const Tensor& ln_bias, const Tensor& w_out, double eps) {
   constexpr char op[] = "router_score_backward";
   const Router r = check(op, x, context, w_in, ln_weight, ln_bias, w_out, eps);
-  check_shape(op, "grad", grad, {r.B, r.N});
-  const Guard guard(x);
+  check_shape(op, "grad", grad, {r.B, r.N}, kPlace);
+  const Guard guard(op, x, grad, context, w_in, ln_weight, ln_bias, w_out);
   const Tensor dense_grad = as_accumulate(op, "grad", grad, x);
   const bool empty = r.B * r.N == 0;
   const ScalarType acc = accumulate_type(x);

@@ -7,6 +7,7 @@
 #include <type_traits>
 
 #include "cuda/device.h"
+#include "cuda/inverse_index.cuh"
 
 namespace shiva::cuda {
 
@@ -66,28 +67,6 @@ struct alignas(kCount * sizeof(T)) Pack {
   T at[kCount];
 };
 
-constexpr int kIndexThreads = 512;
-constexpr int64_t kIndexChunk = 4096;
-
-// position[b, t] = place of token t of n in index row b [k], or -1 where it is absent. A block writes the positions of
-// one chunk of tokens and looks for them in the whole index row, so that fill and placement share one launch. An index
-// outside [0, n) is in no chunk and does no harm.
-template <int kThreads>
-__global__ void __launch_bounds__(kThreads)
-    inverse_index_kernel(const int64_t* index, int64_t B, int64_t k, int64_t n, int64_t* position) {
-  const int64_t chunks = ceil_div(n, kIndexChunk);
-  for (int64_t item = blockIdx.x; item < B * chunks; item += gridDim.x) {
-    const int64_t b = item / chunks, begin = item % chunks * kIndexChunk;
-    const int64_t end = begin + kIndexChunk < n ? begin + kIndexChunk : n;
-    for (int64_t token = begin + threadIdx.x; token < end; token += kThreads) position[b * n + token] = -1;
-    __syncthreads();
-    for (int64_t j = threadIdx.x; j < k; j += kThreads) {
-      const int64_t token = index[b * k + j];
-      if (begin <= token && token < end) position[b * n + token] = j;
-    }
-  }
-}
-
 // ---- host
 
 // Any tensor class will do: this header knows none. A tensor [N, D] is shared by the batch.
@@ -126,16 +105,6 @@ void dispatch_pack(uint64_t alignment, Body body) {
 inline unsigned row_blocks(int64_t rows) {
   const int64_t blocks = ceil_div(rows, kRowWarps);
   return static_cast<unsigned>(blocks < kMostRowBlocks ? blocks : kMostRowBlocks);
-}
-
-// Launches inverse_index_kernel: index [B, k] -> position [B, n].
-template <typename Stream>
-void invert_index(const int64_t* index, int64_t B, int64_t k, int64_t n, int64_t* position, Stream stream) {
-  const int64_t blocks = B * ceil_div(n, kIndexChunk);
-  if (blocks == 0) return;
-  SHIVA_LAUNCH(
-      inverse_index_kernel<kIndexThreads>, static_cast<unsigned>(blocks < kMostRowBlocks ? blocks : kMostRowBlocks),
-      kIndexThreads, 0, stream, index, B, k, n, position);
 }
 
 }  // namespace shiva::cuda

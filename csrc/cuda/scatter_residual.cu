@@ -1,26 +1,9 @@
-#include <algorithm>
-#include <climits>
-
+#include "cuda/inverse_index.cuh"
 #include "cuda/launch.h"
 #include "cuda/scatter_residual_kernel.cuh"
 
 namespace shiva::cuda {
 namespace {
-
-// Checks base or grad [B, N, D], index [B, k], update [B, k, D], gate [B, D]; returns the index as contiguous int64.
-Tensor check(
-    const char* op, const char* name, const Tensor& base, const Tensor& index, const Tensor& update,
-    const Tensor& gate) {
-  check_dim(op, name, base, 3);
-  floating_dtype(op, name, base);
-  const int64_t B = base.size(0), D = base.size(2);
-  const Tensor kept = checked_index(op, "index", index, B, base.size(1));
-  check_shape(op, "update", update, {B, kept.size(1), D});
-  check_same_dtype(op, "update", update, name, base);
-  check_shape(op, "gate", gate, {B, D});
-  check_same_dtype(op, "gate", gate, name, base);
-  return kept;
-}
 
 Strides strides_of(const Tensor& t) { return {t.size(0) > 1 ? t.stride(0) : 0, t.size(1) > 1 ? t.stride(1) : 0}; }
 
@@ -44,28 +27,23 @@ void add(const char* op, const Inputs& in, const Tensor& position, const Tensor&
   SHIVA_LAUNCH(
       (scatter_residual_kernel<T, kWidth>), grid_size(op, ceil_div(in.B * in.N, kResidualThreads / kWarp)),
       kResidualThreads, 0, in.stream, data<T>(in.rows), strides_of(in.rows), data<T>(in.update), strides_of(in.update),
-      data<T>(in.gate), data<int>(position), in.B * in.N, in.N, in.D, data<T>(out));
+      data<T>(in.gate), data<int64_t>(position), in.B * in.N, in.N, in.D, data<T>(out));
 }
 
 // base [B, N, D] with rows index [B, k] += gate [B, D] * update [B, k, D]
 Tensor scatter_residual(const Tensor& base, const Tensor& index, const Tensor& update, const Tensor& gate) {
   constexpr char op[] = "scatter_residual";
-  const Tensor kept = check(op, "base", base, index, update, gate);
-  const Dtype dtype = floating_dtype(op, "base", base);
-  const int64_t B = base.size(0), N = base.size(1), D = base.size(2), k = kept.size(1);
-  SHIVA_CHECK(N <= INT_MAX, op, "base has ", N, " tokens, more than 2^31 - 1; split it");
-  const Guard guard(base);
+  const Tokens t = check_scatter_residual(op, "base", base, index, update, gate, kPlace);
+  const int64_t B = t.B, N = t.N, D = t.D, k = t.k;
+  const Guard guard(op, base, index, update, gate);
   const Tensor dense = with_dense_channels(base), dense_update = with_dense_channels(update);
   const Tensor gates = torch::stable::contiguous(gate);
   Tensor out = torch::stable::new_empty(base, {B, N, D});
   if (out.numel() == 0) return out;
-  const Inputs in = {dense, dense_update, gates, kept, B, N, k, D, current_stream(base)};
-  const Tensor position = torch::stable::new_empty(base, {B, N}, ScalarType::Int);
-  const int threads = static_cast<int>(std::min<int64_t>(ceil_div(N, kWarp) * kWarp, kPositionThreads));
-  SHIVA_LAUNCH(
-      token_positions_kernel<int64_t>, grid_size(op, B), threads, 0, in.stream, data<int64_t>(kept), k, N,
-      data<int>(position));
-  dispatch(dtype, [&](auto* type) {
+  const Inputs in = {dense, dense_update, gates, t.index, B, N, k, D, current_stream(base)};
+  const Tensor position = torch::stable::new_empty(base, {B, N}, ScalarType::Long);
+  invert_index(data<int64_t>(t.index), B, k, N, data<int64_t>(position), in.stream);
+  dispatch(t.dtype, [&](auto* type) {
     using T = std::remove_pointer_t<decltype(type)>;
     if (in.vectors<T>())
       add<T, Vec<T>::size>(op, in, position, out);
@@ -96,17 +74,16 @@ void backward(const char* op, const Inputs& in, const Tensor& grad_update, const
 std::tuple<Tensor, Tensor> scatter_residual_backward(
     const Tensor& grad, const Tensor& index, const Tensor& update, const Tensor& gate) {
   constexpr char op[] = "scatter_residual_backward";
-  const Tensor kept = check(op, "grad", grad, index, update, gate);
-  const Dtype dtype = floating_dtype(op, "grad", grad);
-  const int64_t B = grad.size(0), N = grad.size(1), D = grad.size(2), k = kept.size(1);
-  const Guard guard(grad);
+  const Tokens t = check_scatter_residual(op, "grad", grad, index, update, gate, kPlace);
+  const int64_t B = t.B, N = t.N, D = t.D, k = t.k;
+  const Guard guard(op, grad, index, update, gate);
   const Tensor dense = with_dense_channels(grad), dense_update = with_dense_channels(update);
   const Tensor gates = torch::stable::contiguous(gate);
   Tensor grad_update = torch::stable::new_empty(grad, {B, k, D});
   Tensor grad_gate = torch::stable::new_empty(grad, {B, D});
   if (B == 0 || D == 0) return {grad_update, grad_gate};
-  const Inputs in = {dense, dense_update, gates, kept, B, N, k, D, current_stream(grad)};
-  dispatch(dtype, [&](auto* type) {
+  const Inputs in = {dense, dense_update, gates, t.index, B, N, k, D, current_stream(grad)};
+  dispatch(t.dtype, [&](auto* type) {
     using T = std::remove_pointer_t<decltype(type)>;
     if (in.vectors<T>())
       backward<T, Vec<T>::size>(op, in, grad_update, grad_gate);

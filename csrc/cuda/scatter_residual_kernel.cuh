@@ -11,7 +11,7 @@ constexpr int kResidualThreads = 256;
 template <typename T, int kWidth>
 __global__ void __launch_bounds__(kResidualThreads) scatter_residual_kernel(
     const T* __restrict__ base, Strides base_strides, const T* __restrict__ update, Strides update_strides,
-    const T* __restrict__ gate, const int* __restrict__ position, int64_t rows, int64_t N, int64_t D,
+    const T* __restrict__ gate, const int64_t* __restrict__ position, int64_t rows, int64_t N, int64_t D,
     T* __restrict__ out) {
   using A = acc_t<T>;
   const int64_t block = blockIdx.x, i = block * (kResidualThreads / kWarp) + threadIdx.x / kWarp;

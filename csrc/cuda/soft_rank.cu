@@ -70,27 +70,15 @@ void run(const Rows& r) {
   check_launch(r.op);
 }
 
-void check(const char* op, const Tensor& scores, double tau) {
-  check_dim(op, "scores", scores, 2);
-  floating_dtype(op, "scores", scores);
-  SHIVA_CHECK(tau > 0 && std::isfinite(tau), op, "tau must be a positive finite number, got ", tau);
-  SHIVA_CHECK(
-      scores.scalar_type() == ScalarType::Double || tau >= std::numeric_limits<float>::min(), op, "tau is ", tau,
-      ", below the range of float32, in which the ranks of these scores are computed; use float64 scores");
-  SHIVA_CHECK(
-      scores.size(1) < std::numeric_limits<int32_t>::max(), op, "scores has ", scores.size(1),
-      " tokens a row; at most 2^31 - 2 are supported");
-}
-
 // A contiguous tensor of this dtype with the values of t.
 Tensor dense(const Tensor& t, ScalarType type) { return torch::stable::contiguous(torch::stable::to(t, type)); }
 
 Tensor soft_rank(const Tensor& scores, double tau) {
   constexpr char op[] = "soft_rank";
-  check(op, scores, tau);
-  const Guard guard(scores);
+  const Scores checked = check_soft_rank(op, scores, tau, kPlace);
+  const int64_t B = checked.B, N = checked.N;
+  const Guard guard(op, scores);
   const ScalarType type = accumulate_type(scores);
-  const int64_t B = scores.size(0), N = scores.size(1);
   const Tensor values = dense(scores, type);
   Tensor out = torch::stable::new_empty(scores, {B, N}, type);
   if (B == 0 || N == 0) return out;
@@ -101,12 +89,10 @@ Tensor soft_rank(const Tensor& scores, double tau) {
 
 Tensor soft_rank_backward(const Tensor& grad, const Tensor& scores, double tau) {
   constexpr char op[] = "soft_rank_backward";
-  check(op, scores, tau);
-  check_shape(op, "grad", grad, {scores.size(0), scores.size(1)});
-  floating_dtype(op, "grad", grad);
-  const Guard guard(scores);
+  const Scores checked = check_soft_rank_backward(op, grad, scores, tau, kPlace);
+  const int64_t B = checked.B, N = checked.N;
+  const Guard guard(op, scores, grad);
   const ScalarType type = accumulate_type(scores);
-  const int64_t B = scores.size(0), N = scores.size(1);
   const Tensor values = dense(scores, type), grads = dense(grad, type);
   Tensor out = torch::stable::new_empty(scores, {B, N}, type);
   if (B == 0 || N == 0) return torch::stable::to(out, scores.scalar_type());

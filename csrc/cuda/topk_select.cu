@@ -64,11 +64,9 @@ void select(const Rows& r) {
 }
 
 std::tuple<Tensor, Tensor> topk_select(const Tensor& scores, int64_t k) {
-  check_dim(kOp, "scores", scores, 2);
-  const Dtype dtype = floating_dtype(kOp, "scores", scores);
-  const int64_t B = scores.size(0), N = scores.size(1);
-  SHIVA_CHECK(k >= 0 && k <= N, kOp, "k must lie in [0, ", N, "], the number of tokens, got ", k);
-  const Guard guard(scores);
+  const Scores checked = check_topk_select(kOp, scores, k, kPlace);
+  const int64_t B = checked.B, N = checked.N;
+  const Guard guard(kOp, scores);
   const Tensor dense = torch::stable::contiguous(scores);
   Tensor kept = torch::stable::new_empty(scores, {B, k}, ScalarType::Long);
   Tensor rejected = torch::stable::new_empty(scores, {B, N - k}, ScalarType::Long);
@@ -79,7 +77,7 @@ std::tuple<Tensor, Tensor> topk_select(const Tensor& scores, int64_t k) {
     SHIVA_LAUNCH(topk_all_kernel, blocks, 256, 0, stream, data<int64_t>(k == 0 ? rejected : kept), B * N, N);
   } else {
     const Rows rows = {dense, B, N, k, data<int64_t>(kept), data<int64_t>(rejected), stream};
-    dispatch(dtype, [&](auto* type) { select<std::remove_pointer_t<decltype(type)>>(rows); });
+    dispatch(checked.dtype, [&](auto* type) { select<std::remove_pointer_t<decltype(type)>>(rows); });
   }
   check_launch(kOp);
   return {kept, rejected};

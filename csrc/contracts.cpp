@@ -1,0 +1,185 @@
+#include "contracts.h"
+
+#include <cmath>
+#include <limits>
+
+namespace shiva {
+
+// Rows x [B, N, D], called name, and their index [B, k].
+static Tokens check_tokens(
+    const char* op, const char* name, const Tensor& x, const char* index_name, const Tensor& index, Place place) {
+  check_dim(op, name, x, 3, place);
+  const Dtype dtype = floating_dtype(op, name, x);
+  const int64_t B = x.size(0), N = x.size(1), D = x.size(2);
+  const Tensor kept = checked_index(op, index_name, index, B, N, place);
+  return {dtype, B, N, D, kept.size(1), D * static_cast<int64_t>(x.element_size()), kept};
+}
+
+// t has these sizes and the dtype of x, called name.
+static void check_like(
+    const char* op, const char* t_name, const Tensor& t, const std::vector<int64_t>& sizes, const char* name,
+    const Tensor& x, Place place) {
+  check_shape(op, t_name, t, sizes, place);
+  check_same_dtype(op, t_name, t, name, x);
+}
+
+static void check_eps(const char* op, double eps) { SHIVA_CHECK(eps >= 0, op, "eps must not be negative, got ", eps); }
+
+// Inclusion [B, N] in float32 (float64 for float64 x [B, N, D]).
+static void check_inclusion(const char* op, const Tensor& inclusion, const Tensor& x, Place place) {
+  check_shape(op, "inclusion", inclusion, {x.size(0), x.size(1)}, place);
+  SHIVA_CHECK(
+      inclusion.scalar_type() == accumulate_type(x), op, "inclusion must be ", dtype_name(accumulate_type(x)), ", got ",
+      dtype_name(inclusion.scalar_type()));
+}
+
+Scores check_topk_select(const char* op, const Tensor& scores, int64_t k, Place place) {
+  check_dim(op, "scores", scores, 2, place);
+  const Dtype dtype = floating_dtype(op, "scores", scores);
+  const int64_t N = scores.size(1);
+  SHIVA_CHECK(k >= 0 && k <= N, op, "k must lie in [0, ", N, "], the number of tokens, got ", k);
+  return {dtype, scores.size(0), N};
+}
+
+Scores check_soft_rank(const char* op, const Tensor& scores, double tau, Place place) {
+  check_dim(op, "scores", scores, 2, place);
+  const Dtype dtype = floating_dtype(op, "scores", scores);
+  SHIVA_CHECK(tau > 0 && std::isfinite(tau), op, "tau must be a positive finite number, got ", tau);
+  SHIVA_CHECK(
+      dtype == Dtype::Float64 || tau >= std::numeric_limits<float>::min(), op, "tau is ", tau,
+      ", below the range of float32, in which the ranks of these scores are computed; use float64 scores");
+  SHIVA_CHECK(
+      scores.size(1) < std::numeric_limits<int32_t>::max(), op, "scores has ", scores.size(1),
+      " tokens a row; at most 2^31 - 2 are supported");
+  return {dtype, scores.size(0), scores.size(1)};
+}
+
+Scores check_soft_rank_backward(const char* op, const Tensor& grad, const Tensor& scores, double tau, Place place) {
+  const Scores checked = check_soft_rank(op, scores, tau, place);
+  check_shape(op, "grad", grad, {checked.B, checked.N}, place);
+  floating_dtype(op, "grad", grad);
+  return checked;
+}
+
+Tokens check_token_gather(const char* op, const Tensor& x, const Tensor& index, Place place) {
+  if (x.dim() == 3) return check_tokens(op, "x", x, "index", index, place);
+  SHIVA_CHECK(x.dim() == 2, op, "x must have shape [B, N, D] or [N, D], got ", shape_of(x));
+  check_dim(op, "x", x, 2, place);
+  const Dtype dtype = floating_dtype(op, "x", x);
+  check_dim(op, "index", index, 2, place);
+  const int64_t B = index.size(0), N = x.size(0), D = x.size(1);
+  const Tensor kept = checked_index(op, "index", index, B, N, place);
+  return {dtype, B, N, D, kept.size(1), D * static_cast<int64_t>(x.element_size()), kept};
+}
+
+Tokens check_token_gather_backward(const char* op, const Tensor& grad, const Tensor& index, int64_t n, Place place) {
+  check_dim(op, "grad", grad, 3, place);
+  const Dtype dtype = floating_dtype(op, "grad", grad);
+  SHIVA_CHECK(n >= 0, op, "n must not be negative, got ", n);
+  const int64_t B = grad.size(0), k = grad.size(1), D = grad.size(2);
+  const Tensor kept = checked_index(op, "index", index, B, n, place);
+  check_shape(op, "index", kept, {B, k}, place);
+  return {dtype, B, n, D, k, D * static_cast<int64_t>(grad.element_size()), kept};
+}
+
+Tokens check_token_scatter(const char* op, const Tensor& base, const Tensor& index, const Tensor& src, Place place) {
+  Tokens t = check_tokens(op, "base", base, "index", index, place);
+  check_like(op, "src", src, {t.B, t.k, t.D}, "base", base, place);
+  return t;
+}
+
+Tokens check_token_scatter_backward(const char* op, const Tensor& grad, const Tensor& index, Place place) {
+  return check_tokens(op, "grad", grad, "index", index, place);
+}
+
+Tokens check_residual_gate(const char* op, const Tensor& x, const Tensor& inclusion, const Tensor& kept, Place place) {
+  Tokens t = check_tokens(op, "x", x, "kept", kept, place);
+  check_inclusion(op, inclusion, x, place);
+  return t;
+}
+
+Tokens check_residual_gate_backward(
+    const char* op, const Tensor& grad_selected, const Tensor& grad_base, const Tensor& x, const Tensor& kept,
+    Place place) {
+  Tokens t = check_tokens(op, "x", x, "kept", kept, place);
+  check_like(op, "grad_selected", grad_selected, {t.B, t.k, t.D}, "x", x, place);
+  check_like(op, "grad_base", grad_base, {t.B, t.N, t.D}, "x", x, place);
+  return t;
+}
+
+Tokens check_counterfactual_scatter(
+    const char* op, const Tensor& base, const Tensor& kept, const Tensor& src, const Tensor& inclusion,
+    const Tensor& update, Place place) {
+  Tokens t = check_tokens(op, "base", base, "kept", kept, place);
+  check_like(op, "src", src, {t.B, t.k, t.D}, "base", base, place);
+  check_inclusion(op, inclusion, base, place);
+  check_like(op, "update", update, {t.B, t.N, t.D}, "base", base, place);
+  return t;
+}
+
+Tokens check_counterfactual_scatter_backward(
+    const char* op, const Tensor& grad, const Tensor& base, const Tensor& kept, const Tensor& src, const Tensor& update,
+    Place place) {
+  Tokens t = check_tokens(op, "base", base, "kept", kept, place);
+  check_like(op, "grad", grad, {t.B, t.N, t.D}, "base", base, place);
+  check_like(op, "src", src, {t.B, t.k, t.D}, "base", base, place);
+  check_like(op, "update", update, {t.B, t.N, t.D}, "base", base, place);
+  return t;
+}
+
+Tokens check_gather_modulate(
+    const char* op, const Tensor& x, const Tensor& index, const Tensor& shift, const Tensor& scale, double eps,
+    Place place) {
+  Tokens t = check_tokens(op, "x", x, "index", index, place);
+  check_like(op, "shift", shift, {t.B, t.D}, "x", x, place);
+  check_like(op, "scale", scale, {t.B, t.D}, "x", x, place);
+  check_eps(op, eps);
+  return t;
+}
+
+Tokens check_gather_modulate_backward(
+    const char* op, const Tensor& grad, const Tensor& x, const Tensor& index, const Tensor& scale, double eps,
+    Place place) {
+  Tokens t = check_tokens(op, "x", x, "index", index, place);
+  check_like(op, "grad", grad, {t.B, t.k, t.D}, "x", x, place);
+  check_like(op, "scale", scale, {t.B, t.D}, "x", x, place);
+  check_eps(op, eps);
+  return t;
+}
+
+Tokens check_scatter_residual(
+    const char* op, const char* name, const Tensor& base, const Tensor& index, const Tensor& update, const Tensor& gate,
+    Place place) {
+  Tokens t = check_tokens(op, name, base, "index", index, place);
+  check_like(op, "update", update, {t.B, t.k, t.D}, name, base, place);
+  check_like(op, "gate", gate, {t.B, t.D}, name, base, place);
+  return t;
+}
+
+RouterArguments check_router_score(
+    const char* op, const Tensor& x, const Tensor& context, const Tensor& w_in, const Tensor& ln_weight,
+    const Tensor& ln_bias, const Tensor& w_out, double eps, Place place) {
+  check_dim(op, "x", x, 3, place);
+  const Dtype dtype = floating_dtype(op, "x", x);
+  check_dim(op, "w_in", w_in, 2, place);
+  const int64_t B = x.size(0), N = x.size(1), D = x.size(2), H = w_in.size(0);
+  SHIVA_CHECK(H > 0, op, "w_in must have at least one row, got shape ", shape_of(w_in));
+  check_like(op, "w_in", w_in, {H, D}, "x", x, place);
+  check_shape(op, "context", context, {B, H}, place);
+  check_shape(op, "ln_weight", ln_weight, {H}, place);
+  check_shape(op, "ln_bias", ln_bias, {H}, place);
+  check_shape(op, "w_out", w_out, {H}, place);
+  check_eps(op, eps);
+  return {
+      dtype,
+      B,
+      N,
+      D,
+      H,
+      as_accumulate(op, "context", context, x),
+      as_accumulate(op, "ln_weight", ln_weight, x),
+      as_accumulate(op, "ln_bias", ln_bias, x),
+      as_accumulate(op, "w_out", w_out, x)};
+}
+
+}  // namespace shiva
