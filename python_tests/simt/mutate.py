@@ -1,16 +1,15 @@
-"""Mutation run of the CUDA kernels: `make mutate`. Changes one thing at a time in csrc/cuda and expects a test to fail.
+"""Mutation run of the CUDA kernels: `make mutate`. Makes one mistake at a time in csrc/cuda and expects a test to fail.
 
-For every barrier, guard, bound and index expression it compiles the changed kernel into a simulated module, runs the
-tests of the ops that use it (under ASan and UBSan, then under the race detector), and notes whether any failed. The
-survivors must
-be explained in survivors.json beside this file: {"<mutant id>": "<why no test can tell>"}. Finished mutants are kept in
-build/mutate/results.json under a hash of all that they depend on, so that a run can be interrupted and goes on.
+Each barrier, guard, bound and index expression is a mutant (mutants.py). All of them are woven into one source, built
+three times (plain, ASan and UBSan, race detector), and switched on one by one in forks of a pytest process (judge.py).
+A mutant that the first build does not kill goes to the next. The survivors must be explained in survivors.json beside
+this file: {"<mutant id>": "<why no test can tell>"}. Verdicts are kept in build/mutate under a hash of all that they
+depend on, so that a run can be interrupted and goes on.
 
-    python -m python_tests.simt.mutate [--only topk_select_kernel] [--jobs 2] [--limit N] [--list]
+    python -m python_tests.simt.mutate [--only topk_select] [--jobs 2] [--limit N] [--list] [--report FILE]
 """
 
 import argparse
-import concurrent.futures
 import hashlib
 import importlib.machinery
 import json
@@ -20,87 +19,21 @@ import shlex
 import shutil
 import subprocess
 import sys
-from dataclasses import dataclass
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import torch
 
-from .test_simulated import compiler_library
+from .mutants import HEADER, STORAGE, Mutant, mutants_of, weave
+from .test_simulated import SELECTIONS, compiler_library
 
 ROOT = Path(__file__).parents[2]
 CUDA = ROOT / "csrc" / "cuda"
 BUILD = ROOT / "build" / "simt"
 OUT = ROOT / "build" / "mutate"
 SURVIVORS = Path(__file__).with_name("survivors.json")
-RESULTS = OUT / "results.json"
-TIMEOUT = 300  # seconds; a mutant that hangs is killed, in both senses
-HARNESS = {"launch.h", "launch.cu"}  # host code, tested by the ops' error tests, not mutated
-
-# (name, pattern, replacement): each match in code is one mutant. clang-format puts spaces around binary operators and
-# none inside template brackets, which tells the two uses of < apart. "if" conditions are found by their parentheses.
-RULES = [
-    ("barrier", r"__syncthreads\(\);", ";"),
-    ("barrier", r"__syncwarp\([^;]*\);", ";"),
-    ("wait", r"\b\w*(?:_wait|wait_)\w*<[^;]*>\(\);", ";"),
-    ("commit", r"\b\w*commit\w*\(\);", ";"),
-    ("bound", r" < ", " <= "),
-    ("bound", r" <= ", " < "),
-    ("bound", r" > ", " >= "),
-    ("bound", r" >= ", " > "),
-    ("guard", r" && [^&|?;]+?(?=\)| \?| &&| \|\||;)", ""),
-    ("index", r"(?<=\w)\[([^\[\]]+)\](?! *\))", r"[(\1) + 1]"),
-]
-SKIP = re.compile(r"^\s*(//|#|template|using|static_assert|constexpr|asm|SHIVA_SHARED|SHIVA_DYNAMIC)|\[\] *\{")
-
-
-@dataclass(frozen=True)
-class Mutant:
-    file: str
-    line: int
-    rule: str
-    old: str
-    new: str
-    occurrence: int
-
-    @property
-    def id(self) -> str:
-        """Stable while the line's own text is: does not depend on its number."""
-        digest = hashlib.sha256(
-            f"{self.file}\0{self.rule}\0{self.old}\0{self.new}\0{self.occurrence}".encode()
-        ).hexdigest()[:10]
-        return f"{self.file}:{self.rule}:{digest}"
-
-
-def without_guard(code: str) -> str | None:
-    """The line with its first run-time condition always true; None if it has none, or not the whole of it."""
-    match = re.search(r"\bif \(", code)
-    if not match or "if constexpr" in code:
-        return None
-    depth = 0
-    for end in range(match.end() - 1, len(code)):
-        depth += {"(": 1, ")": -1}.get(code[end], 0)
-        if depth == 0:
-            return f"{code[: match.end()]}true{code[end:]}"
-    return None
-
-
-def mutants_of(file: Path) -> list[Mutant]:
-    """One mutant for every match of a rule in the file's kernels."""
-    found, seen = [], {}
-    for number, text in enumerate(file.read_text().splitlines(), 1):
-        code = text.split("//")[0].rstrip()
-        if not code or SKIP.search(code):
-            continue
-        changed = [("guard", without_guard(code))]
-        for rule, pattern, replacement in RULES:
-            for match in re.finditer(pattern, code):
-                changed.append((rule, code[: match.start()] + match.expand(replacement) + code[match.end() :]))
-        for rule, new in changed:
-            # The same line may stand in several kernels: they are told apart by how often it came before.
-            if new is not None:
-                before = seen[code, rule, new] = seen.get((code, rule, new), 0) + 1
-                found.append(Mutant(file.name, number, rule, code.strip(), new.strip(), before))
-    return found
+REFUSED = OUT / "refused.txt"  # ids of mutants that the compiler refuses
+WANTED = 0.95
 
 
 def included(file: Path) -> set[str]:
@@ -114,94 +47,162 @@ def included(file: Path) -> set[str]:
     return names
 
 
-def users(name: str) -> list[str]:
-    """Stems of the .cu files that a kernel file is part of."""
-    return sorted(cu.stem for cu in CUDA.glob("*.cu") if cu.name not in HARNESS and name in included(cu))
+def context(file: Path) -> str:
+    """Changes when a verdict might: with the file, what it includes, the simulator and the tests."""
+    digest = hashlib.sha256()
+    files = [CUDA / name for name in sorted(included(file))]
+    files += sorted([*(ROOT / "csrc" / "simt").glob("*"), *(ROOT / "python_tests" / "ops").glob("*.py")])
+    for each in files:
+        digest.update(each.read_bytes())
+    return digest.hexdigest()[:10]
 
 
-def compile_commands(variant: str) -> dict[str, list[str]]:
-    """The compiler's arguments for each .cu file, by stem."""
-    commands = {}
-    for entry in json.loads((BUILD / "compile_commands.json").read_text()):
-        if f"_simt_{variant}_kernels.dir" in entry.get("output", entry["command"]) and entry["file"].endswith(".cu"):
-            commands[Path(entry["file"]).stem] = shlex.split(entry["command"])
-    return commands
+def compile_commands(variant: str) -> list[tuple[str, list[str]]]:
+    """(source, compiler's arguments) of each kernel file."""
+    entries = json.loads((BUILD / "compile_commands.json").read_text())
+    wanted = f"_simt_{variant}_kernels.dir"
+    return [(e["file"], shlex.split(e["command"])) for e in entries if wanted in e["command"]]
 
 
-def build(variant: str, stems: list[str], tree: Path, out: Path) -> bool:
-    """Compile the stems from a changed tree and link them with everything else as it was built."""
-    objects = {}
-    kernels = BUILD / "CMakeFiles" / f"_simt_{variant}_kernels.dir" / "csrc" / "cuda"
-    for path in kernels.glob("*.o"):
-        objects[path.name.split(".")[0]] = path
-    commands = compile_commands(variant)
-    for stem in stems:
-        arguments = [a.replace(str(ROOT / "csrc"), str(tree / "csrc")) for a in commands[stem]]
-        target = out / f"{stem}.{variant}.o"
+class Woven:
+    """The kernels with their mutants in them, and the builds of that."""
+
+    def __init__(self, mutants: list[Mutant], jobs: int):
+        self.mutants, self.jobs, self.tree = mutants, jobs, OUT / "tree"
+        ids = set(REFUSED.read_text().split("\n")) if REFUSED.is_file() else set()
+        # Numbers of those that do not compile.
+        self.refused = {n for n, mutant in enumerate(mutants) if mutant.id in ids}
+
+    def write(self) -> None:
+        shutil.rmtree(self.tree, ignore_errors=True)
+        shutil.copytree(ROOT / "csrc", self.tree / "csrc")
+        for file in (self.tree / "csrc" / "cuda").iterdir():
+            here = [(n, m) for n, m in enumerate(self.mutants) if m.file == file.name and n not in self.refused]
+            file.write_text(weave(file.read_text(), here))
+        (self.tree / "mutation.h").write_text(HEADER)
+        (self.tree / "mutation.cpp").write_text(STORAGE.replace("{count}", str(len(self.mutants) + 1)))
+
+    def digest(self) -> str:
+        """Of the woven sources."""
+        digest = hashlib.sha256()
+        for file in sorted(path for path in self.tree.rglob("*") if path.is_file()):
+            digest.update(file.read_bytes())
+        return digest.hexdigest()
+
+    def _objects(self, target: str):
+        """What CMake has compiled for a target, without mutants."""
+        return (BUILD / "CMakeFiles" / f"_simt_{target}.dir").rglob("*.o")
+
+    def _compile(self, variant: str, source: str, command: list[str]) -> tuple[Path, str]:
+        arguments = [a.replace(str(ROOT / "csrc"), str(self.tree / "csrc")) for a in command]
+        target = OUT / variant / f"{Path(source).stem}.o"
         arguments[arguments.index("-o") + 1] = str(target)
-        if subprocess.run(arguments, cwd=BUILD, capture_output=True).returncode:
-            return False
-        objects[stem] = target
-    rest = sorted((BUILD / "CMakeFiles" / f"_simt_{variant}.dir").rglob("*.o"))
-    library = Path(torch.__file__).parent / "lib"
-    module = out / f"_simt_{variant}{importlib.machinery.EXTENSION_SUFFIXES[0]}"
-    link = [
-        "g++",
-        "-shared",
-        *(["-fsanitize=address,undefined"] if variant == "asan" else []),
-        "-o",
-        module,
-        *rest,
-        *objects.values(),
-        library / "libtorch_cpu.so",
-    ]
-    return subprocess.run([*map(str, link), f"-Wl,-rpath,{library}"], capture_output=True).returncode == 0
+        arguments += ["-include", str(self.tree / "mutation.h"), "-Werror=vla", "-fmax-errors=0", "-w"]
+        done = subprocess.run(arguments, cwd=BUILD, capture_output=True, text=True)
+        return target, done.stderr if done.returncode else ""
+
+    def build(self, variant: str) -> Path:
+        """The module's file. Mutants that the compiler refuses are taken out."""
+        folder = OUT / variant
+        stamp = folder / "stamp"
+        if stamp.is_file() and stamp.read_text() == self.digest() + json.dumps(sorted(self.refused)):
+            return next(folder.glob("*.so"))
+        shutil.rmtree(folder, ignore_errors=True)
+        folder.mkdir(parents=True)
+        changed = {mutant.file for mutant in self.mutants}
+        commands = [c for c in compile_commands(variant) if changed & included(Path(c[0]))]
+        while True:
+            with ThreadPoolExecutor(self.jobs) as pool:
+                done = list(pool.map(lambda c: self._compile(variant, *c), commands))
+            errors = "\n".join(error for _, error in done)
+            if not errors:
+                break
+            places = set(re.findall(r"/cuda/([\w.]+):(\d+):\d+: error", errors))
+            refused = {n for n, m in enumerate(self.mutants) if (m.file, str(m.line)) in places} - self.refused
+            if not refused:
+                sys.exit(f"mutate: the woven sources do not compile:\n{errors[-3000:]}")
+            print(f"{len(refused)} mutants on {len(places)} lines do not compile", flush=True)
+            self.refused |= refused
+            with open(REFUSED, "a") as file:
+                file.writelines(f"{self.mutants[n].id}\n" for n in sorted(refused))
+            self.write()
+        objects = {path.name.split(".")[0]: path for path in sorted(self._objects(f"{variant}_kernels"))}
+        objects |= {path.stem: path for path in sorted(folder.glob("*.o"))}
+        objects |= {path: path for path in sorted(self._objects(variant))}
+        library = Path(torch.__file__).parent / "lib"
+        module = folder / f"_simt_{variant}{importlib.machinery.EXTENSION_SUFFIXES[0]}"
+        link = ["g++", "-shared", "-fPIC", "-o", module, *objects.values(), self.tree / "mutation.cpp"]
+        link += [library / "libtorch_cpu.so", f"-Wl,-rpath,{library}"]
+        link += ["-fsanitize=address,undefined"] if variant == "asan" else []
+        subprocess.run([*map(str, link)], check=True)
+        stamp.write_text(self.digest() + json.dumps(sorted(self.refused)))
+        return module
 
 
-def tests_fail(variant: str, stems: list[str], out: Path) -> bool:
-    environment = os.environ | {"SHIVA_SIMT": variant, "SHIVA_SIMT_DIR": str(out), "PYTHONPATH": str(ROOT)}
+def run_judges(variant: str, module: Path, total: int, mutants: list[tuple[int, str]], jobs: int) -> dict[str, dict]:
+    """Verdicts of one build, by key."""
+    files, chosen = SELECTIONS[variant]
+    environment = os.environ | {"SHIVA_SIMT": variant, "SHIVA_SIMT_DIR": str(module.parent), "PYTHONPATH": str(ROOT)}
     environment |= {"SHIVA_CHECK_INDICES": "1", "OMP_NUM_THREADS": "1"}
-    chosen = f"({' or '.join(stems)})"
     if variant == "asan":
         environment |= {"LD_PRELOAD": compiler_library("libasan.so"), "ASAN_OPTIONS": "detect_leaks=0"}
-    command = [sys.executable, "-m", "pytest", "-x", "-q", "-p", "no:cacheprovider"]
-    command += ["python_tests/ops/test_matrix.py", "python_tests/ops/test_inplace.py", "python_tests/ops/test_sizes.py"]
-    command += ["-k", chosen]
-    try:
-        return subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, timeout=TIMEOUT).returncode != 0
-    except subprocess.TimeoutExpired:
-        return True
+    command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", "-p", "python_tests.simt.judge", *files]
+    command += ["-k", chosen] if chosen else []
+
+    def start(name: str, part: list[tuple[int, str]]) -> subprocess.Popen:
+        work = {"module": str(module), "total": total, "coverage": str(module.with_name("coverage.json"))}
+        work |= {"mutants": part, "verdicts": str(OUT / f"verdicts.{variant}.jsonl")}
+        file = module.with_name(f"work.{name}.json")
+        file.write_text(json.dumps(work))
+        log = open(module.with_name(f"log.{name}.txt"), "w")
+        return subprocess.Popen(
+            command, cwd=ROOT, env=environment | {"SHIVA_MUTATION": str(file)}, stdout=log, stderr=log
+        )
+
+    for name, parts in (("coverage", [[]]), ("judge", [mutants[i::jobs] for i in range(jobs)])):
+        workers = [start(f"{name}{i}", part) for i, part in enumerate(parts)]
+        if failed := [worker for worker in workers if worker.wait() not in (0, 5)]:
+            logs = "".join(path.read_text()[-2000:] for path in module.parent.glob(f"log.{name}*.txt"))
+            sys.exit(f"mutate: {len(failed)} of {len(workers)} judges of the {variant} build failed:\n{logs}")
+    return read_verdicts(variant)
 
 
-def judge(mutant: Mutant) -> str:
-    """ "killed by ...", "does not compile", or "survived"."""
-    out = OUT / mutant.id.replace(":", "_")
-    shutil.rmtree(out, ignore_errors=True)
-    tree = out / "tree"
-    shutil.copytree(ROOT / "csrc", tree / "csrc")
-    file = tree / "csrc" / "cuda" / mutant.file
-    lines = file.read_text().splitlines()
-    lines[mutant.line - 1] = mutant.new
-    file.write_text("\n".join(lines) + "\n")
-    stems = users(mutant.file)
-    try:
-        for variant in ("asan", "race"):
-            if not build(variant, stems, tree, out):
-                return "does not compile"
-            if tests_fail(variant, stems, out):
-                return f"killed by {variant}"
-        return "survived"
-    finally:
-        shutil.rmtree(out, ignore_errors=True)
+def read_verdicts(variant: str) -> dict[str, dict]:
+    file = OUT / f"verdicts.{variant}.jsonl"
+    lines = file.read_text().splitlines() if file.is_file() else []
+    return {verdict["key"]: verdict for verdict in map(json.loads, lines)}
 
 
-def context() -> str:
-    """Changes when a kernel's surroundings do: the simulator, the shared headers, the tests."""
-    digest = hashlib.sha256()
-    files = [*(ROOT / "csrc" / "simt").glob("*"), CUDA / "device.h", *(ROOT / "python_tests" / "ops").glob("*.py")]
-    for file in sorted(files):
-        digest.update(file.read_bytes())
-    return digest.hexdigest()[:10]
+def report(mutants: list[Mutant], keys: list[str], refused: set[int], file: Path | None) -> int:
+    """Prints the count and the unexplained survivors; 0 if all is well."""
+    verdicts = {variant: read_verdicts(variant) for variant in SELECTIONS}
+    explained = json.loads(SURVIVORS.read_text()) if SURVIVORS.is_file() else {}
+    killed = {variant: 0 for variant in SELECTIONS}
+    survivors, unjudged = [], 0
+    for number, (mutant, key) in enumerate(zip(mutants, keys, strict=True)):
+        if number in refused:
+            continue
+        killer = next((v for v in SELECTIONS if verdicts[v].get(key, {}).get("killed")), None)
+        if killer:
+            killed[killer] += 1
+        elif all(key in verdicts[v] for v in SELECTIONS):
+            survivors.append((mutant, verdicts["plain"][key]["tests"]))
+        else:
+            unjudged += 1
+    for mutant, tests in survivors:
+        if mutant.id not in explained:
+            print(f"SURVIVED ({tests} tests come by) {mutant.id} {mutant}")
+    total = sum(killed.values()) + len(survivors)
+    unexplained = sum(mutant.id not in explained for mutant, _ in survivors)
+    share = sum(killed.values()) / max(total, 1)
+    print(
+        f"{total} mutants: {', '.join(f'{n} killed by {v}' for v, n in killed.items())}, {len(survivors)} survived "
+        f"({unexplained} unexplained); {share:.1%} killed. {len(refused)} do not compile, {unjudged} are not judged yet"
+    )
+    if file:
+        found = {"killed": killed, "survived": len(survivors), "share": share, "not_compiling": len(refused)}
+        file.write_text(json.dumps(found | {"command": "make mutate"}, indent=1) + "\n")
+    return 1 if unexplained or unjudged or share < WANTED else 0
 
 
 def main() -> int:
@@ -210,58 +211,34 @@ def main() -> int:
     parser.add_argument("--jobs", type=int, default=os.cpu_count())
     parser.add_argument("--limit", type=int, help="judge at most so many new mutants, evenly spread")
     parser.add_argument("--list", action="store_true", help="print the mutants and stop")
+    parser.add_argument("--report", type=Path, help="write the counts to this JSON file")
     args = parser.parse_args()
 
     OUT.mkdir(parents=True, exist_ok=True)
-    results = json.loads(RESULTS.read_text()) if RESULTS.is_file() else {}
-    where = context()
-    files = [f for f in sorted(CUDA.iterdir()) if f.suffix in (".cuh", ".h") and f.name not in HARNESS]
-    mutants, keys = [], {}
-    for file in files:
-        if args.only and args.only not in file.name or not users(file.name):
-            continue
-        text = hashlib.sha256(b"".join((CUDA / n).read_bytes() for n in sorted(included(file)))).hexdigest()[:10]
-        for mutant in mutants_of(file):
-            mutants.append(mutant)
-            keys[mutant.id] = f"{mutant.id}:{text}:{where}"
+    files = [f for f in sorted(CUDA.iterdir()) if not args.only or args.only in f.name]
+    mutants = [mutant for file in files for mutant in mutants_of(file)]
+    contexts = {file.name: context(file) for file in files}
+    keys = [f"{m.id}:{contexts[m.file]}" for m in mutants]
     if args.list:
-        for m in mutants:
-            print(f"{m.id} line {m.line}: {m.old}  ->  {m.new}")
-        print(f"{len(mutants)} mutants")
+        print(*mutants, f"{len(mutants)} mutants", sep="\n")
         return 0
 
-    open_ones = [m for m in mutants if keys[m.id] not in results]
-    if args.limit is not None and len(open_ones) > args.limit:
-        open_ones = [open_ones[i * len(open_ones) // args.limit] for i in range(args.limit)]
-    with concurrent.futures.ThreadPoolExecutor(args.jobs) as pool:
-        judged = {pool.submit(judge, m): m for m in open_ones}
-        for done, future in enumerate(concurrent.futures.as_completed(judged), 1):
-            mutant = judged[future]
-            results[keys[mutant.id]] = verdict = future.result()
-            temporary = RESULTS.with_suffix(".tmp")
-            temporary.write_text(json.dumps(results, indent=0))
-            os.replace(temporary, RESULTS)
-            print(
-                f"[{done}/{len(open_ones)}] {verdict}: {mutant.file}:{mutant.line} {mutant.old} -> {mutant.new}",
-                flush=True,
-            )
-
-    explained = json.loads(SURVIVORS.read_text()) if SURVIVORS.is_file() else {}
-    counts, unexplained = {}, []
-    for m in mutants:
-        verdict = results.get(keys[m.id], "not judged")
-        counts[verdict] = counts.get(verdict, 0) + 1
-        if verdict == "survived" and m.id not in explained:
-            unexplained.append(m)
-    for m in unexplained:
-        print(f"SURVIVED {m.id} line {m.line}: {m.old}  ->  {m.new}")
-    killed = sum(n for verdict, n in counts.items() if verdict.startswith("killed"))
-    living = counts.get("survived", 0)
-    print(
-        f"{counts}; {killed} of {killed + living} killed ({killed / max(killed + living, 1):.1%}), "
-        f"{len(unexplained)} survivors without an explanation"
-    )
-    return 1 if unexplained or killed < 0.95 * (killed + living) else 0
+    woven = Woven(mutants, args.jobs)
+    woven.write()
+    living = list(range(len(mutants)))
+    if args.limit is not None and len(living) > args.limit:
+        living = [living[i * len(living) // args.limit] for i in range(args.limit)]
+    for variant in SELECTIONS:
+        known = read_verdicts(variant)
+        if any(keys[n] not in known for n in living) or variant == "plain":
+            print(f"== {variant}: building ==", flush=True)
+            module = woven.build(variant)
+            waiting = [(n, keys[n]) for n in living if keys[n] not in known and n not in woven.refused]
+            print(f"== {variant}: judging {len(waiting)} mutants ==", flush=True)
+            known = run_judges(variant, module, len(mutants), waiting, args.jobs) if waiting else known
+        living = [n for n in living if n not in woven.refused and not known[keys[n]]["killed"]]
+        print(f"{len(living)} still live", flush=True)
+    return report(mutants, keys, woven.refused, args.report)
 
 
 if __name__ == "__main__":

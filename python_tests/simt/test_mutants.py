@@ -1,0 +1,114 @@
+"""The mutation run itself: what it changes, what it leaves alone, and that a switched-off mutant does no harm."""
+
+import os
+import subprocess
+
+import pytest
+
+from .mutants import HEADER, STORAGE, mutants_of, weave
+
+SOURCE = """\
+#define RULE(a) a < 2 && a > 0 \\
+  && a < 9
+constexpr int kSize = 3 < 4 ? 8 : 9;
+static int calls = 0;
+static void __syncthreads() { ++calls; }
+inline int clamp(const int* x, int i, int n) {  // i < n in a comment
+  if (i < n && i >= 0) return x[i];
+  return n > 0 ? x[n - 1] : -1;
+}
+#if !defined(SHIVA_SIMT)
+inline bool on_the_gpu(int i) { return i < 3; }
+#endif
+inline int both(const int* x, int i, int n) {
+  __syncthreads();
+  const char* text = "a < b && c[0]";
+  int local[2] = {0, 0};
+  local[0] = clamp(x, i, n) + (text == nullptr);
+  return local[0];
+}
+"""
+MAIN = """
+#include <cstdio>
+#include <cstdlib>
+int main(int, char** arguments) {
+  shiva_mutant = std::atoi(arguments[1]);
+  const int padded[] = {90, 10, 20, 30, 91, 92};
+  const int* x = padded + 1;
+  for (int i = -1; i < 5; ++i) std::printf("%d ", both(x, i, 3));
+  std::printf("%d|%d\\n", clamp(x, 0, 0), calls);
+}
+"""
+
+
+@pytest.fixture
+def file(tmp_path):
+    path = tmp_path / "sample_kernel.cuh"
+    path.write_text(SOURCE)
+    return path
+
+
+def test_each_kind_of_mistake_is_found_and_nothing_else(file):
+    found = [(m.line, m.rule, m.change.split(" at ")[0]) for m in mutants_of(file)]
+    assert sorted(found) == sorted(
+        [
+            (7, "guard", "no i < n && i >= 0"),
+            (7, "guard", "no i >= 0"),
+            (7, "bound", "< to <="),
+            (7, "bound", ">= to >"),
+            (7, "index", "[i] + 1"),
+            (8, "bound", "> to >="),
+            (8, "guard", "always n > 0"),
+            (8, "index", "[n - 1] + 1"),
+            (14, "barrier", "no __syncthreads()"),
+            (17, "index", "[0] + 1"),
+            (18, "index", "[0] + 1"),
+        ]
+    )
+
+
+def test_ids_do_not_depend_on_where_the_line_stands(file):
+    before = [m.id for m in mutants_of(file)]
+    assert len(set(before)) == len(before)
+    file.write_text("// one more line\n" + SOURCE)
+    assert [m.id for m in mutants_of(file)] == before
+
+
+def test_weaving_keeps_the_lines(file):
+    woven = weave(SOURCE, list(enumerate(mutants_of(file))))
+    assert len(woven.splitlines()) == len(SOURCE.splitlines())
+    assert woven.splitlines()[0] == SOURCE.splitlines()[0]
+
+
+def test_each_number_switches_on_its_own_mistake(file, tmp_path):
+    mutants = mutants_of(file)
+    (tmp_path / "mutation.h").write_text(HEADER)
+    storage = STORAGE.replace("{count}", str(len(mutants)))
+    woven = weave(SOURCE, list(enumerate(mutants)))
+    (tmp_path / "main.cpp").write_text(storage + "#define SHIVA_SIMT\n" + woven + MAIN)
+    program = tmp_path / "program"
+    compiler = os.environ.get("CXX", "g++")
+    subprocess.run([compiler, "-std=c++20", "-w", "main.cpp", "-o", program], cwd=tmp_path, check=True)
+
+    def output(number: int) -> str:
+        return subprocess.run([program, str(number)], capture_output=True, text=True, check=True).stdout.strip()
+
+    expected = {
+        "no i < n && i >= 0": "90 10 20 30 91 92 10|6",
+        "no i >= 0": "90 10 20 30 30 30 -1|6",
+        "< to <=": "30 10 20 30 91 30 10|6",
+        ">= to >": "30 30 20 30 30 30 -1|6",
+        "[i] + 1": "30 20 30 91 30 30 -1|6",
+        "> to >=": "30 10 20 30 30 30 90|6",
+        "always n > 0": "30 10 20 30 30 30 90|6",
+        "[n - 1] + 1": "91 10 20 30 91 91 -1|6",
+        "no __syncthreads()": "30 10 20 30 30 30 -1|0",
+    }
+    unchanged = "30 10 20 30 30 30 -1|6"
+    assert output(-1) == unchanged
+    for number, mutant in enumerate(mutants):
+        change = mutant.change.split(" at ")[0]
+        if change in expected:
+            assert output(number) == expected[change], str(mutant)
+        else:  # the local array's
+            assert output(number) != unchanged, str(mutant)
