@@ -5,13 +5,16 @@ from pathlib import Path
 
 import torch
 
+from shiva_ext.adapter_weights import MergedAdapter
+from shiva_ext.artifact import ADAPTER_NAME
 from shiva_ext.training.config import TrainConfig
 from shiva_ext.training.trainer import STAGES, Batch, ShivaTrainer
 
 from .data import Batches, load_split
 from .model import NULL_PROMPT, load_model
 
-# Short runs on a small model: higher rates than the paper's, and the teacher's output in place of noisy data.
+# Short runs on a small model: higher rates than the paper's, and the teacher's output in place of noisy data, with
+# which the same steps end at a worse distance.
 TESTBED_CONFIG = TrainConfig(
     router_steps=300,
     policy_steps=150,
@@ -22,7 +25,7 @@ TESTBED_CONFIG = TrainConfig(
     lr_policy=1e-3,
     lr_adapter=1e-3,
     warmup=50,
-    diffusion_weight=0.5,
+    diffusion_weight=0.0,
     output_weight=1.0,
     feature_weight=0.1,
     # At 1 the policy stays well above the budget until late, and the adapters are tuned to the wrong counts.
@@ -51,10 +54,19 @@ def train(
     dense_model: str | os.PathLike | None = None,
     data_dir: str | None = None,
     control: bool = False,
+    teacher: str | os.PathLike | None = None,
 ) -> Path:
-    """Train one artefact (or, with ``control``, the dense fine-tune of as many joint steps) and write it to ``out``."""
+    """Train one artefact (or, with ``control``, the dense fine-tune of as many joint steps) and write it to ``out``.
+
+    ``teacher`` is the folder of a fine-tune of the dense model to learn from; by default that is the dense model.
+    """
     transformer, prompts = load_model(dense_model)
-    trainer = ShivaTrainer(transformer, config, batch_source(prompts, config.prompt_dropout, data_dir), dense=control)
+    tuned = None
+    if teacher is not None:
+        tuned, _ = load_model(dense_model)
+        MergedAdapter(tuned, Path(teacher) / ADAPTER_NAME)
+    batches = batch_source(prompts, config.prompt_dropout, data_dir)
+    trainer = ShivaTrainer(transformer, config, batches, dense=control, teacher=tuned)
     for stage in STAGES:
         steps = getattr(config, f"{stage}_steps")
         if not control or stage == "joint":
