@@ -33,7 +33,7 @@ def _train_testbed(args) -> None:
     from .testbed.train_shiva import train
     from .training.config import TrainConfig
 
-    train(_config(args, TrainConfig), args.out, args.dense_model, args.data_dir, args.control, args.teacher)
+    train(_config(args, TrainConfig), args.out, args.dense_model, args.data_dir, args.control)
 
 
 def _bench_synthetic(args) -> None:
@@ -95,7 +95,6 @@ def parser() -> argparse.ArgumentParser:
         _add_config(sub, config)
         if name == "testbed":
             sub.add_argument("--dense-model", help="dense model's folder; by default the one that ships")
-            sub.add_argument("--teacher", help="folder of a fine-tune to learn from; by default the dense model itself")
             sub.add_argument("--control", action="store_true", help="fine-tune densely instead, as the control")
         sub.set_defaults(run=run)
 

@@ -190,60 +190,6 @@ def test_a_batch_that_micro_batches_do_not_divide_is_refused():
         TrainConfig(batch_size=6, micro_batches=4)
 
 
-def perturbed_model() -> SD3Transformer2DModel:
-    model = tiny_model()
-    with torch.no_grad():
-        for p in model.transformer_blocks.parameters():
-            p.add_(torch.randn_like(p), alpha=0.05)
-    return model
-
-
-def test_another_models_output_and_features_can_be_the_target():
-    config = replace(CONFIG, diffusion_weight=0.0, feature_weight=1.0)
-    teacher, student = perturbed_model(), tiny_model()
-    trainer = ShivaTrainer(student, config, next_batch, teacher=teacher)
-    seen = {}
-    estimator_apply = trainer.estimator.apply
-
-    def apply(block, x, scores, ratio, k, update):
-        seen[len(seen)] = update
-        return estimator_apply(block, x, scores, ratio, k, update)
-
-    trainer.estimator.apply = apply
-    generator = torch.Generator()
-    trainer.generator = generator.manual_seed(5)
-    terms = trainer.loss("router", torch.tensor([0.4, 0.4]), torch.tensor(1.0))[1]
-    trainer.close()
-    assert not hasattr(teacher, "_diffusers_hook") or not teacher._diffusers_hook.hooks
-
-    generator.manual_seed(5)
-    batch = next_batch(2, generator)
-    noise = torch.randn(batch.latents.shape, generator=generator)
-    call = dict(
-        hidden_states=0.6 * batch.latents + 0.4 * noise,
-        encoder_hidden_states=batch.prompt_embeds,
-        pooled_projections=batch.pooled,
-        timestep=torch.full((2,), 400.0),
-    )
-    with torch.no_grad(), torch.autocast("cpu", torch.bfloat16):
-        outputs = [model(**call, return_dict=False)[0].float() for model in (teacher, student)]
-    # The whole budget: the student is the dense model, and differs from its teacher by what the weights differ.
-    assert terms["output"] == pytest.approx((outputs[0] - outputs[1]).square().mean().item(), rel=0.05)
-    assert terms["features"] > 0.01 and all(update is not None for update in seen.values())
-
-
-def test_a_teacher_of_another_size_is_refused():
-    small = tiny_model()
-    del small.transformer_blocks[-1]
-    with pytest.raises(ValueError, match="the teacher has .*'num_layers': 3.*wanted the student's"):
-        ShivaTrainer(tiny_model(), CONFIG, next_batch, teacher=small)
-
-
-def test_a_dense_run_refuses_a_teacher():
-    with pytest.raises(ValueError, match="leave out the teacher"):
-        ShivaTrainer(tiny_model(), CONFIG, next_batch, dense=True, teacher=perturbed_model())
-
-
 def test_the_control_run_trains_adapters_alone_and_prunes_nothing(tmp_path):
     model = tiny_model()
     trainer = ShivaTrainer(model, CONFIG, next_batch, dense=True)

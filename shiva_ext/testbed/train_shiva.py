@@ -5,16 +5,13 @@ from pathlib import Path
 
 import torch
 
-from shiva_ext.adapter_weights import MergedAdapter
-from shiva_ext.artifact import ADAPTER_NAME
 from shiva_ext.training.config import TrainConfig
 from shiva_ext.training.trainer import STAGES, Batch, ShivaTrainer
 
 from .data import Batches, load_split
 from .model import NULL_PROMPT, load_model
 
-# Short runs on a small model: higher rates than the paper's, and the teacher's output in place of noisy data, with
-# which the same steps end at a worse distance.
+# Short runs on a small model: higher rates than the paper's, and the teacher's output in place of noisy data.
 TESTBED_CONFIG = TrainConfig(
     router_steps=300,
     policy_steps=150,
@@ -25,7 +22,7 @@ TESTBED_CONFIG = TrainConfig(
     lr_policy=1e-3,
     lr_adapter=1e-3,
     warmup=50,
-    diffusion_weight=0.0,
+    diffusion_weight=0.5,
     output_weight=1.0,
     feature_weight=0.1,
     # At 1 the policy stays well above the budget until late, and the adapters are tuned to the wrong counts.
@@ -54,19 +51,10 @@ def train(
     dense_model: str | os.PathLike | None = None,
     data_dir: str | None = None,
     control: bool = False,
-    teacher: str | os.PathLike | None = None,
 ) -> Path:
-    """Train one artefact (or, with ``control``, the dense fine-tune of as many joint steps) and write it to ``out``.
-
-    ``teacher`` is the folder of a fine-tune of the dense model to learn from; by default that is the dense model.
-    """
+    """Train one artefact (or, with ``control``, the dense fine-tune of as many joint steps) and write it to ``out``."""
     transformer, prompts = load_model(dense_model)
-    tuned = None
-    if teacher is not None:
-        tuned, _ = load_model(dense_model)
-        MergedAdapter(tuned, Path(teacher) / ADAPTER_NAME)
-    batches = batch_source(prompts, config.prompt_dropout, data_dir)
-    trainer = ShivaTrainer(transformer, config, batches, dense=control, teacher=tuned)
+    trainer = ShivaTrainer(transformer, config, batch_source(prompts, config.prompt_dropout, data_dir), dense=control)
     for stage in STAGES:
         steps = getattr(config, f"{stage}_steps")
         if not control or stage == "joint":

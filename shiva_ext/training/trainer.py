@@ -48,11 +48,6 @@ class ShivaTrainer:
         next_batch: gives the next ``n`` samples, prompts already dropped out: ``next_batch(n, generator) -> Batch``.
         router, policy: start from these instead of fresh ones.
         dense: train only the adapters, without pruning: the control experiment.
-        teacher: another model of the same class and size whose outputs, features and block updates are the targets,
-            such as a better trained one; the dense model itself by default. It is left as it was by :meth:`close`.
-
-    Raises:
-        ValueError: the teacher has another size, or the run is dense and would not ask it.
     """
 
     def __init__(
@@ -63,7 +58,6 @@ class ShivaTrainer:
         router: ShivaRouter | None = None,
         policy: RatioPolicy | None = None,
         dense: bool = False,
-        teacher: nn.Module | None = None,
     ):
         self.transformer, self.config, self.next_batch, self.dense = transformer, config, next_batch, dense
         torch.manual_seed(config.seed)
@@ -80,14 +74,6 @@ class ShivaTrainer:
             type(transformer).__name__, self.router, RatioTable.fixed(config.budget, self.num_layers), self.policy
         )
         self.state = hooks.SelectionState(self.artifact, adapter)
-        self.teacher, self.teacher_state = transformer, self.state
-        if teacher is not None:
-            if dense:
-                raise ValueError("ShivaTrainer: dense=True learns from the data alone; leave out the teacher")
-            if (found := adapter.dims(teacher)) != dims:
-                raise ValueError(f"ShivaTrainer: the teacher has {found}, wanted the student's {dims}")
-            self.teacher, self.teacher_state = teacher, hooks.SelectionState(self.artifact, adapter)
-            hooks.attach(teacher.requires_grad_(False).eval(), self.teacher_state)
         self.layers = distilled_layers(self.num_layers, config.feature_every)
         self.lora: LoraConfig | None = None
         self.history: list[dict] = []
@@ -96,8 +82,6 @@ class ShivaTrainer:
     def close(self) -> None:
         """Leave the transformer as it was found."""
         hooks.detach(self.transformer)
-        if self.teacher is not self.transformer:
-            hooks.detach(self.teacher)
         if self.lora is not None:
             adapter_weights.remove(self.transformer)
 
@@ -149,7 +133,7 @@ class ShivaTrainer:
                 output = self.transformer(**inputs, return_dict=False)[0].float()
                 terms = {"diffusion": F.mse_loss(output, noise - batch.latents)}
                 return terms["diffusion"], {k: v.item() for k, v in terms.items()}
-            teacher = run_teacher(self.teacher, self.teacher_state, **inputs)
+            teacher = run_teacher(self.transformer, self.state, **inputs)
             ratios, clean = self._ratios(stage, sigma, warm)
             output, student = run_student(self.transformer, self.state, self.estimator, ratios, teacher, **inputs)
         output = output.float()
