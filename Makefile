@@ -2,8 +2,9 @@
 PYTHON ?= python3
 # A CPU build serves the demo and the tests; any torch >= 2.10 works, e.g. TORCH="torch==2.14.1".
 TORCH ?= torch==2.13.0
-# The CUDA kernels take long to compile and a CPU torch cannot use them: AUTO or ON builds them.
-SHIVA_WITH_CUDA ?= OFF
+# The CUDA kernels take long to compile and a CPU torch cannot use them: AUTO or ON builds them, and so does
+# SHIVA_REQUIRE_CUDA=1, for the tests of a machine with a GPU (with TORCH set to a CUDA build of torch).
+SHIVA_WITH_CUDA ?= $(if $(filter 1,$(SHIVA_REQUIRE_CUDA)),ON,OFF)
 VENV := .venv
 BIN := $(VENV)/bin
 READY := $(VENV)/.ready

@@ -23,7 +23,7 @@ from pathlib import Path
 BUDGET = Path(__file__).with_name("cuda_budget.json")
 ARCHITECTURES = (75, 80, 86, 89, 90, 100, 120)
 # (pattern of the kernel's name, oldest architecture, instruction that must appear)
-COPIES = r"(token_gather|token_scatter_in_place|token_scatter_backward|residual_gate|replace_rows)_kernel<uint4"
+COPIES = r"(token_gather|token_scatter(_in_place|_backward)?|residual_gate)_kernel<uint4"
 PROMISES = [
     (COPIES, 75, "LDG.E.128"),
     (COPIES, 75, "STG.E.128"),

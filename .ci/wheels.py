@@ -57,7 +57,9 @@ def build(label: str) -> Path:
     print(f"== {label}: compiling ==", flush=True)
     run(
         *(sys.executable, "-m", "pip", "wheel", "--no-deps", "--no-build-isolation", "--wheel-dir", RAW / label),
-        *(f"--config-settings=cmake.define.SHIVA_WITH_CUDA={with_cuda}", ROOT),
+        # A build folder of its own: the checkout's has other settings.
+        *(f"--config-settings=cmake.define.SHIVA_WITH_CUDA={with_cuda}", f"--config-settings=build-dir=build/{label}"),
+        ROOT,
     )
     (raw,) = (RAW / label).glob("*.whl")
     with tempfile.TemporaryDirectory(dir=RAW) as temporary:

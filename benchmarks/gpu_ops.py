@@ -2,8 +2,8 @@
 
     make bench-gpu       # or: python benchmarks/gpu_ops.py [--tokens 4096] [--channels 1536] [--dtype bfloat16]
 
-Each result is checked against shiva_ext.reference before it is timed. Times are medians of single calls measured with
-CUDA events after the second-level cache was overwritten. Without a GPU it says so and does nothing.
+Each forward result is checked against shiva_ext.reference before it is timed. Times are medians of single calls, by
+CUDA events, after the second-level cache was overwritten. Without a GPU it says so and does nothing.
 """
 
 import argparse
@@ -22,6 +22,7 @@ from shiva_ext import reference
 
 REPEATS, WARM_UP = 50, 10
 TAU, EPS, KAPPA = 0.2, 1e-6, 0.1
+COPIES = ("token_gather", "token_scatter", "residual_gate", "counterfactual_scatter")
 
 
 def median_seconds(call: Callable[[], object], scratch: torch.Tensor) -> float:
@@ -29,6 +30,7 @@ def median_seconds(call: Callable[[], object], scratch: torch.Tensor) -> float:
     times = []
     for repeat in range(WARM_UP + REPEATS):
         scratch.zero_()
+        torch.cuda._sleep(2_000_000)  # about a millisecond, in which the host queues the whole call
         start, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
         start.record()
         call()
@@ -99,9 +101,10 @@ def check(name: str, arguments: tuple) -> None:
     for got, exact in zip(
         tensors(getattr(torch.ops.shiva, name)(*arguments)), tensors(getattr(reference, name)(*wide)), strict=True
     ):
-        bound = 0 if not got.is_floating_point() else 4 * torch.finfo(arguments[0].dtype).eps ** 0.5
+        exactly = name in COPIES or not got.is_floating_point()
+        bound = 0 if exactly else 16 * max(torch.finfo(arguments[0].dtype).eps, 1e-5)
         error = (got.double() - exact.double()).abs().max().item() / max(exact.double().abs().max().item(), 1)
-        if error > bound:
+        if not error <= bound:  # NaN is no result either
             sys.exit(f"gpu_ops: {name} is off by {error:.3g} of its largest value; not timed")
 
 
@@ -121,12 +124,14 @@ def main() -> int:
 
     dtype, k = getattr(torch, args.dtype), int(args.kept * args.tokens)
     device = torch.cuda.get_device_properties(0)
-    gpu = next((g for g in GPUS if g.name.split()[-1] in device.name or g.name.split()[0] in device.name), GPUS[0])
+    gpu = next((g for g in GPUS if g.device == device.name), None)
     sizes = (args.rows, args.tokens, args.channels, k, args.hidden)
     predicted = costs(*sizes, size=dtype.itemsize)
     scratch = torch.empty(4 * max(device.L2_cache_size, 1 << 24), dtype=torch.uint8, device="cuda")
     rows = []
-    print(f"{device.name}; predictions for {gpu.name}; B, N, D, k, H = {sizes}, {args.dtype}")
+    print(f"{device.name}; B, N, D, k, H = {sizes}, {args.dtype}")
+    if gpu is None:
+        print(f"no prediction for it: roofline.py knows {', '.join(g.device for g in GPUS)}")
     for name, arguments in make_arguments(*sizes, dtype).items():
         check(name, arguments)
         op = getattr(torch.ops.shiva, name)
@@ -137,13 +142,15 @@ def main() -> int:
             row = {
                 "op": label,
                 "measured_us": median_seconds(ours, scratch) * 1e6,
-                "predicted_us": predicted[label].seconds(gpu) * 1e6,
+                "predicted_us": predicted[label].seconds(gpu) * 1e6 if gpu else None,
                 "others_us": {other: median_seconds(call, scratch) * 1e6 for other, call in others.items()},
             }
             rows.append(row)
             others_text = ", ".join(f"{other} {time:.1f}" for other, time in row["others_us"].items())
-            times = f"{row['measured_us']:.1f} us, predicted {row['predicted_us']:.1f}"
-            print(f"{label}: {times} ({row['measured_us'] / row['predicted_us']:.2f}x); {others_text}")
+            times = f"{row['measured_us']:.1f} us"
+            if gpu:
+                times += f", at least {row['predicted_us']:.1f} ({row['measured_us'] / row['predicted_us']:.2f}x)"
+            print(f"{label}: {times}; {others_text}")
     content = {"command": f"python {' '.join(sys.argv)}", "gpu": device.name, "torch": torch.__version__, "rows": rows}
     path = Path(args.out)
     path.parent.mkdir(parents=True, exist_ok=True)

@@ -1,4 +1,4 @@
-"""What each op must cost on a GPU, from the bytes it moves and the operations it does; no GPU is needed.
+"""What each op costs on a GPU at the least, from the bytes it moves and the operations it does; no GPU is needed.
 
     python benchmarks/roofline.py [--rows 2] [--tokens 4096] [--channels 1536] [--kept .6] [--hidden 64]
 
@@ -16,43 +16,47 @@ class Gpu:
     Attributes:
         bandwidth: bytes a second from memory.
         tensor: multiply-adds of bf16 with fp32 sums, in operations (2 each) a second, dense.
-        special: exponentials or reciprocals a second: 16 a clock and multiprocessor.
+        fp32: instructions on the ordinary cores a second: 128 a clock and multiprocessor.
+        device: what torch calls it.
     """
 
     name: str
     bandwidth: float
     tensor: float
-    special: float
+    fp32: float
+    device: str
 
 
-H100 = Gpu("H100 SXM", 3.35e12, 989e12, 132 * 16 * 1.83e9)
-RTX4090 = Gpu("RTX 4090", 1.008e12, 165e12, 128 * 16 * 2.52e9)
+H100 = Gpu("H100 SXM", 3.35e12, 989e12, 132 * 128 * 1.83e9, "NVIDIA H100 80GB HBM3")
+RTX4090 = Gpu("RTX 4090", 1.008e12, 165e12, 128 * 128 * 2.52e9, "NVIDIA GeForce RTX 4090")
 GPUS = (H100, RTX4090)
 LAUNCH = 2.5e-6  # seconds from one kernel's start to the next one's, back to back on a stream
 
 
 @dataclass(frozen=True)
 class Cost:
-    """Of one call: bytes moved, tensor-core operations, exponentials and reciprocals, kernels launched."""
+    """Of one call: bytes moved, tensor-core operations, instructions on the ordinary cores, kernels launched."""
 
     bytes: float
     tensor: float = 0
-    special: float = 0
+    fp32: float = 0
     launches: int = 1
 
+    def parts(self, gpu: Gpu) -> dict[str, float]:
+        """Seconds that each resource needs."""
+        return {
+            "memory": self.bytes / gpu.bandwidth,
+            "tensor cores": self.tensor / gpu.tensor,
+            "arithmetic": self.fp32 / gpu.fp32,
+        }
+
     def seconds(self, gpu: Gpu) -> float:
-        """The slowest of the three resources, or the launches if they take longer."""
-        work = max(self.bytes / gpu.bandwidth, self.tensor / gpu.tensor, self.special / gpu.special)
-        return max(work, self.launches * LAUNCH)
+        """The slowest resource's, and the gaps: each kernel of an op waits for the one before."""
+        return max(*self.parts(gpu).values(), LAUNCH) + (self.launches - 1) * LAUNCH
 
     def bound(self, gpu: Gpu) -> str:
         """Name of what decides."""
-        parts = {
-            "memory": self.bytes / gpu.bandwidth,
-            "tensor cores": self.tensor / gpu.tensor,
-            "exponentials": self.special / gpu.special,
-            "launches": self.launches * LAUNCH,
-        }
+        parts = self.parts(gpu) | {"launches": self.launches * LAUNCH}
         return max(parts, key=parts.get)
 
 
@@ -61,30 +65,37 @@ def costs(B: int, N: int, D: int, k: int, H: int, size: int = 2) -> dict[str, Co
     token, index, score = D * size, 8, 4
     all_tokens, kept = B * N * token, B * k * token
     indices, inverse = B * k * index, 2 * 8 * B * N  # the inverse index is written and read
-    sorting = (N > 512) + (N > 4096)  # short rows are not sorted; rows beyond one block's reach are merged
+    sorting = (N > 512) + (N > 1024)  # short rows are not sorted; rows beyond one block's chunk are merged
+    pairs = B * N * N / 2  # 11 instructions each, 14 in the backward
+    # Sums over tokens: partial ones of chunks of rows (csrc/cuda/modulate_common.cuh) are written and read in float32.
+    chunk = min(max(-(-B * k // 2048), 8), 32)
+    partial = 2 * B * -(-k // chunk) * D * 4
+    splits = -(-B * N // max(-(-B * N // 16 // 32) * 32, 512))
     return {
         "topk_select": Cost(B * N * (score + index)),
-        "soft_rank": Cost(2 * B * N * score, special=2 * B * N * N / 2, launches=sorting + 2),
-        "soft_rank backward": Cost(3 * B * N * score, special=2 * B * N * N / 2, launches=sorting + 2),
+        "soft_rank": Cost(2 * B * N * score, fp32=11 * pairs, launches=sorting + 2),
+        "soft_rank backward": Cost(3 * B * N * score, fp32=14 * pairs, launches=sorting + 2),
         "token_gather": Cost(2 * kept + indices),
         "token_gather backward": Cost(kept + all_tokens + indices + inverse, launches=2),
         "token_scatter": Cost(2 * all_tokens + indices + inverse, launches=2),
         "token_scatter_": Cost(2 * kept + indices),
-        "token_scatter backward": Cost(2 * all_tokens + indices + inverse, launches=2),
+        "token_scatter backward": Cost(2 * all_tokens + kept + indices + inverse, launches=2),
         "residual_gate": Cost(2 * all_tokens + kept + indices + inverse, launches=2),
         "residual_gate backward": Cost(3 * all_tokens + kept + indices + inverse + B * N * score, launches=2),
         "counterfactual_scatter": Cost(2 * all_tokens + indices + inverse, launches=2),
         "counterfactual_scatter backward": Cost(
             3 * all_tokens + 3 * kept + indices + inverse + B * N * score, launches=2
         ),
-        "router_score": Cost(all_tokens + H * token + B * N * score, tensor=2 * B * N * D * H, special=2 * B * N * H),
+        "router_score": Cost(all_tokens + H * token + B * N * score, tensor=2 * B * N * D * H),
         "router_score backward": Cost(
-            3 * all_tokens + 3 * B * N * H * size + 3 * H * token, tensor=6 * B * N * D * H, launches=6
+            3 * all_tokens + 3 * B * N * H * size + 3 * H * token + 2 * splits * H * D * 4,
+            tensor=6 * B * N * D * H,
+            launches=6,
         ),
         "gather_modulate": Cost(2 * kept + indices + 2 * B * token),
-        "gather_modulate backward": Cost(2 * kept + all_tokens + indices + inverse, launches=4),
+        "gather_modulate backward": Cost(2 * kept + all_tokens + indices + inverse + 2 * partial, launches=4),
         "scatter_residual": Cost(2 * all_tokens + kept + indices + inverse, launches=2),
-        "scatter_residual backward": Cost(3 * kept + indices, launches=2),
+        "scatter_residual backward": Cost(3 * kept + indices + partial, launches=2),
     }
 
 
@@ -98,7 +109,7 @@ def main() -> None:
     args = parser.parse_args()
     table = costs(args.rows, args.tokens, args.channels, int(args.kept * args.tokens), args.hidden)
     print(
-        "| op | MB moved | GFLOP | M exp, 1/x | launches | "
+        "| op | MB moved | GFLOP | M instructions | launches | "
         + " | ".join(f"{g.name}, µs (bound by)" for g in GPUS)
         + " |"
     )
@@ -106,7 +117,7 @@ def main() -> None:
     for name, cost in table.items():
         times = " | ".join(f"{cost.seconds(g) * 1e6:.1f} ({cost.bound(g)})" for g in GPUS)
         print(
-            f"| `{name}` | {cost.bytes / 1e6:.2f} | {cost.tensor / 1e9:.2f} | {cost.special / 1e6:.2f} "
+            f"| `{name}` | {cost.bytes / 1e6:.2f} | {cost.tensor / 1e9:.2f} | {cost.fp32 / 1e6:.0f} "
             f"| {cost.launches} | {times} |"
         )
 

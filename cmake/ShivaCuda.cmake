@@ -1,7 +1,7 @@
 # SHIVA_WITH_CUDA=AUTO|ON|OFF: AUTO builds the CUDA kernels when nvcc is found. Sets SHIVA_CUDA and prints the decision.
 #
 # Architectures: CMAKE_CUDA_ARCHITECTURES if given, else the environment's TORCH_CUDA_ARCH_LIST ("8.0;9.0+PTX"), else
-# every one from Turing on that this nvcc knows, the last one also as PTX for GPUs to come.
+# the usual ones from Turing on that this nvcc knows, the newest also as PTX for GPUs to come.
 set(SHIVA_WITH_CUDA AUTO CACHE STRING "Build the CUDA kernels: AUTO, ON or OFF")
 set_property(CACHE SHIVA_WITH_CUDA PROPERTY STRINGS AUTO ON OFF)
 if(NOT SHIVA_WITH_CUDA MATCHES "^(AUTO|ON|OFF)$")
@@ -25,6 +25,20 @@ function(_shiva_torch_architectures result)
   set(${result} "${list}" PARENT_SCOPE)
 endfunction()
 
+# Those of 7.5, 8.0, 8.6, 8.9, 9.0, 10.0, 12.0 that this nvcc knows; the newest also as PTX.
+function(_shiva_default_architectures result)
+  execute_process(COMMAND ${CMAKE_CUDA_COMPILER} --list-gpu-arch OUTPUT_VARIABLE known COMMAND_ERROR_IS_FATAL ANY)
+  set(list "")
+  foreach(number 75 80 86 89 90 100 120)
+    if(known MATCHES "compute_${number}(\n|$)")
+      list(APPEND list ${number}-real)
+      set(newest ${number})
+    endif()
+  endforeach()
+  list(TRANSFORM list REPLACE "^${newest}-real$" "${newest}")
+  set(${result} "${list}" PARENT_SCOPE)
+endfunction()
+
 set(SHIVA_CUDA OFF)
 if(SHIVA_WITH_CUDA STREQUAL "OFF")
   message(STATUS "shiva_ext: CUDA kernels off (SHIVA_WITH_CUDA=OFF)")
@@ -37,13 +51,10 @@ else()
       if(DEFINED ENV{TORCH_CUDA_ARCH_LIST} AND NOT "$ENV{TORCH_CUDA_ARCH_LIST}" STREQUAL "")
         _shiva_torch_architectures(CMAKE_CUDA_ARCHITECTURES)
       else()
-        set(CMAKE_CUDA_ARCHITECTURES 75-real 80-real 86-real 89-real 90-real 100-real 120)
+        _shiva_default_architectures(CMAKE_CUDA_ARCHITECTURES)
       endif()
     endif()
     enable_language(CUDA)
-    if(CMAKE_CUDA_COMPILER_VERSION VERSION_LESS 12.8)  # which brought Blackwell
-      list(FILTER CMAKE_CUDA_ARCHITECTURES EXCLUDE REGEX "^1[0-9][0-9]")
-    endif()
     message(STATUS "shiva_ext: CUDA kernels on (nvcc ${CMAKE_CUDA_COMPILER_VERSION}, architectures "
       "${CMAKE_CUDA_ARCHITECTURES})")
   elseif(SHIVA_WITH_CUDA STREQUAL "ON")

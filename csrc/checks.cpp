@@ -95,6 +95,8 @@ static void check_index_range(const char* op, const char* name, const Tensor& in
 Tensor checked_index(const char* op, const char* name, const Tensor& index, int64_t rows, int64_t n, Place place) {
   check_dim(op, name, index, 2, place);
   const Tensor result = as_index(op, name, index, rows);
+  SHIVA_CHECK(
+      n > 0 || result.numel() == 0, op, name, " must be empty where there are no tokens, got ", shape_of(index));
   const char* wanted = std::getenv("SHIVA_CHECK_INDICES");
   if (place == Place::Cpu)
     check_index_range(op, name, result, n);
@@ -107,6 +109,17 @@ Tensor checked_index(const char* op, const char* name, const Tensor& index, int6
 Tensor with_dense_channels(const Tensor& t) {
   const int64_t last = t.dim() - 1;
   return t.size(last) <= 1 || t.stride(last) == 1 ? t : torch::stable::contiguous(t);
+}
+
+Tensor apart_from(const Tensor& src, const Tensor& base) {
+  if (src.numel() == 0 || base.numel() == 0) return src;
+  const auto end = [](const Tensor& t) {
+    int64_t last = 0;
+    for (int64_t d = 0; d < t.dim(); ++d) last += (t.size(d) - 1) * t.stride(d);
+    return static_cast<const char*>(t.data_ptr()) + (last + 1) * static_cast<int64_t>(t.element_size());
+  };
+  const bool apart = end(src) <= data<char>(base) || end(base) <= data<char>(src);
+  return apart ? src : torch::stable::clone(src);
 }
 
 ScalarType accumulate_type(const Tensor& x) {

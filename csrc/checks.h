@@ -45,6 +45,9 @@ Tensor as_accumulate(const char* op, const char* name, const Tensor& t, const Te
 // t itself if its channels are adjacent in memory (any batch and token stride), else a contiguous copy.
 Tensor with_dense_channels(const Tensor& t);
 
+// src itself, or a copy if its bytes may be some of base's: then what is written could be read again.
+Tensor apart_from(const Tensor& src, const Tensor& base);
+
 template <typename T>
 T* data(const Tensor& t) {
   return static_cast<T*>(t.data_ptr());

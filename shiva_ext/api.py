@@ -157,8 +157,9 @@ def enable(
         raise ValueError(f"shiva_ext: tile is {tile}, wanted at least 1")
     disable(transformer)
     router = getattr(selector, "router", None)
-    if router is not None:
-        router.to(next(transformer.parameters()).device)
+    device = next(transformer.parameters()).device
+    if router is not None and device.type != "meta":  # on meta are the weights of an offloaded model
+        router.to(device)
     state = hooks.SelectionState(selector, adapter_for(transformer), tile, bool(batched_guidance))
     handle = Handle(transformer, state)
     try:

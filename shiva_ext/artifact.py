@@ -48,6 +48,8 @@ class ShivaArtifact:
 
     def scores(self, layer: int, x: Tensor, sigma: float, conditioning: Conditioning) -> Tensor:
         """Router scores [B,N] of tokens x [B,N,D] at the entry of a layer."""
+        if self.router.layer_embedding.device != x.device:  # the model was moved, or is offloaded between calls
+            self.router.to(x.device)
         return self.router(layer, x, conditioning.timestep_embedding, conditioning.pooled_embedding)
 
     def save(self, folder: str | os.PathLike) -> Path:

@@ -6,6 +6,7 @@ from functools import partial
 from typing import Protocol
 
 import torch
+from accelerate.hooks import CpuOffload
 from diffusers.hooks import HookRegistry, ModelHook
 from torch import Tensor, nn
 
@@ -152,6 +153,9 @@ class TransformerHook(ModelHook):
         compiling = torch.compiler.is_compiling()
         if state.watch is not None and not compiling:
             state.watch.refresh()
+        offload = getattr(module, "_hf_hook", None)
+        if isinstance(offload, CpuOffload):  # below our hook: it would bring the weights after the conditioning
+            args, kwargs = offload.pre_forward(module, *args, **kwargs)
         arguments = state.adapter.bind(forward, args, kwargs)
         state.conditioning = state.adapter.conditioning(module, arguments)
         state.guided = state.adapter.batched_guidance(arguments, state.batched_guidance)
@@ -171,8 +175,10 @@ class TransformerHook(ModelHook):
         """Eager code can look at the call itself: its timesteps count, whatever was announced for another call."""
         state = self.state
         announced = state.sigma, state.quota
-        if state.trainer is None and not state.fixed:
-            state.read_sigma(state.conditioning.timestep)
+        timestep = state.conditioning.timestep
+        known = state.fixed or (state.watch is not None and state.watch.announced(timestep))
+        if state.trainer is None and not known:
+            state.read_sigma(timestep)  # waits for the GPU
         if state.recording:
             state.entry = {"timestep": state.sigma * 1000, "kept": {}}
             state.records.append(state.entry)
@@ -217,6 +223,11 @@ class BlockHook(ModelHook):
         return state.adapter.with_image_tokens(output, ops.token_scatter(x, kept, processed))
 
 
+def _install(module: nn.Module, hook: ModelHook) -> None:
+    HookRegistry.check_if_exists_or_initialize(module).register_hook(hook, HOOK_NAME)
+    hook.installed = module.forward
+
+
 def attach(transformer: nn.Module, state: SelectionState) -> int:
     """Hook the transformer and each of its blocks from the first pruned one on; returns the number of blocks."""
     blocks = state.adapter.blocks(transformer)
@@ -228,8 +239,8 @@ def attach(transformer: nn.Module, state: SelectionState) -> int:
         )
     for layer, block in enumerate(blocks):
         if layer >= first_layer:
-            HookRegistry.check_if_exists_or_initialize(block).register_hook(BlockHook(state, layer), HOOK_NAME)
-    HookRegistry.check_if_exists_or_initialize(transformer).register_hook(TransformerHook(state), HOOK_NAME)
+            _install(block, BlockHook(state, layer))
+    _install(transformer, TransformerHook(state))
     return len(blocks) - first_layer
 
 
@@ -239,7 +250,11 @@ def detach(transformer: nn.Module) -> None:
         registry = getattr(module, "_diffusers_hook", None)
         if registry is None:
             continue
+        hook, outer = registry.get_hook(HOOK_NAME), vars(module).get("forward")
         registry.remove_hook(HOOK_NAME, recurse=False)
+        if hook is not None and vars(module).get("_old_forward") is hook.installed:
+            # An accelerate hook, such as CPU offload, was put around ours: it stays, around what was there before.
+            module._old_forward, module.forward = module.forward, outer
         if not registry.hooks:
             del module._diffusers_hook
             # remove_hook leaves the bound forward as an attribute; the class's own is the same function.

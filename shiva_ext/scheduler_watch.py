@@ -3,7 +3,13 @@
 import copy
 import functools
 
+from torch import Tensor
+
 from .hooks import SelectionState
+
+
+def _version(t: Tensor) -> int | None:
+    return None if t.is_inference() else t._version
 
 
 class _Announcing:
@@ -44,6 +50,7 @@ class SchedulerWatch:
     def _attach(self) -> None:
         self.scheduler = self.pipeline.scheduler
         self.levels: list[float] = []
+        self.entry: Tensor | None = None  # of the scheduler's timesteps: the announced one
         for name in self.METHODS:
             if hasattr(self.scheduler, name):
                 setattr(self.scheduler, name, _Announcing(self, name))
@@ -61,14 +68,31 @@ class SchedulerWatch:
         scheduler = self.scheduler
         if reread:
             self.levels = [min(max(t / 1000, 0.0), 1.0) for t in scheduler.timesteps.tolist()]
+            self.version = _version(scheduler.timesteps)
         index = getattr(scheduler, "step_index", None)
         if index is None:
             index = getattr(scheduler, "begin_index", None) or 0
+        self.entry = None
         if index < len(self.levels):
             self.state.at(self.levels[index])
+            self.entry = scheduler.timesteps[index]
         else:
             self.state.forget()  # the last step is done
         self._read_guidance()
+
+    def announced(self, timestep: Tensor) -> bool:
+        """Whether a call's timesteps [B] are a view of the announced entry of the scheduler's: then it is known.
+
+        To read a value would wait for the GPU, in every step.
+        """
+        entry = self.entry
+        return (
+            entry is not None
+            and timestep.untyped_storage().data_ptr() == entry.untyped_storage().data_ptr()
+            and timestep.storage_offset() == entry.storage_offset()
+            and _version(timestep) == self.version  # nobody has written into them
+            and all(size == 1 or stride == 0 for size, stride in zip(timestep.shape, timestep.stride(), strict=True))
+        )
 
     def _read_guidance(self) -> None:
         if self.batched_guidance is None:

@@ -29,7 +29,7 @@ void token_scatter_(Tensor base, const Tensor& index, const Tensor& src) {
         base.size(d) <= 1 || base.stride(d) != 0, op,
         "base is expanded, its rows share memory; call it on base.clone()");
   const Tensor dense = with_dense_channels(base);
-  write_rows(rows_of(dense), t.index, src, t.row_bytes);
+  write_rows(rows_of(dense), t.index, apart_from(src, base), t.row_bytes);
   if (dense.data_ptr() != base.data_ptr()) torch::stable::copy_(base, dense);
 }
 

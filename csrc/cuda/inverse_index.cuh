@@ -13,14 +13,15 @@ constexpr int64_t kMostIndexBlocks = 4096;  // more than any GPU holds at once; 
 // one chunk of tokens and looks for them in the whole index row, so that fill and placement share one launch. An index
 // outside [0, n) is in no chunk and does no harm.
 template <int kThreads>
-__global__ void __launch_bounds__(kThreads)
-    inverse_index_kernel(const int64_t* index, int64_t B, int64_t k, int64_t n, int64_t* position) {
+__global__ void __launch_bounds__(kThreads) inverse_index_kernel(
+    const int64_t* __restrict__ index, int64_t B, int64_t k, int64_t n, int64_t* __restrict__ position) {
   const int64_t chunks = ceil_div(n, kIndexChunk);
   for (int64_t item = blockIdx.x; item < B * chunks; item += gridDim.x) {
     const int64_t b = item / chunks, begin = item % chunks * kIndexChunk;
     const int64_t end = begin + kIndexChunk < n ? begin + kIndexChunk : n;
     for (int64_t token = begin + threadIdx.x; token < end; token += kThreads) position[b * n + token] = -1;
     __syncthreads();
+#pragma unroll 4
     for (int64_t j = threadIdx.x; j < k; j += kThreads) {
       const int64_t token = index[b * k + j];
       if (begin <= token && token < end) position[b * n + token] = j;

@@ -31,7 +31,10 @@ void check_same_gpu(const char* op, const Tensor& a, const Tensor& b) {
 
 void check_launch(const char* op) {
   const cudaError_t error = cudaGetLastError();
-  SHIVA_CHECK(error == cudaSuccess, op, "the kernel could not be launched: ", cudaGetErrorString(error));
+  SHIVA_CHECK(
+      error == cudaSuccess, op, "CUDA reports: ", cudaGetErrorString(error),
+      "; unless this launch itself was refused, an earlier kernel failed: set SHIVA_CHECK_INDICES=1 and "
+      "CUDA_LAUNCH_BLOCKING=1 to find it");
 }
 #endif
 

@@ -47,7 +47,7 @@ struct Guard {
   }
 };
 Stream current_stream(const Tensor& t);
-// Raises what CUDA says if the launch before was refused.
+// Raises what CUDA says if the launch before was refused, or a kernel failed that was launched before it.
 void check_launch(const char* op);
 #endif
 

@@ -42,6 +42,7 @@ bool has_mma(const Router& r) {
   // What the running code was compiled for decides, not the device: on a new one it may be an old architecture's PTX.
   cudaFuncAttributes code = {};
   const bool known = cudaFuncGetAttributes(&code, router_score_kernel<MmaProduct<T, 64, 64, 5>>) == cudaSuccess;
+  if (!known) (void)cudaGetLastError();  // else check_launch would raise it
   return known && code.ptxVersion >= (std::is_same_v<T, bf16> ? 80 : 75);
 #endif
 }

@@ -42,7 +42,7 @@ void sum_pairs(const Rows& r, const T* sorted, const int32_t* order) {
 
 template <typename T, bool kBackward>
 void sort_and_sum_pairs(const Rows& r) {
-  const int64_t chunks = ceil_div(r.N, static_cast<int64_t>(kSortChunk<T>));
+  const int64_t chunks = ceil_div(r.N, static_cast<int64_t>(kSortChunk));
   Tensor sorted = torch::stable::new_empty(r.scores, {r.B, r.N});
   Tensor order = torch::stable::new_empty(r.scores, {r.B, r.N}, ScalarType::Int);
   SHIVA_LAUNCH(

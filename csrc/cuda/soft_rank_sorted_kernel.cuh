@@ -8,12 +8,11 @@
 
 namespace shiva::cuda {
 
-constexpr int kSortThreads = 1024;
+constexpr int kSortThreads = 512;
 constexpr int kMergeThreads = 256;
 
-// Tokens that one block sorts; a power of two.
-template <typename T>
-constexpr int kSortChunk = sizeof(T) == 4 ? 4096 : 2048;
+// Tokens that one block sorts; a power of two. Small, so that the chunks of a row are sorted side by side.
+constexpr int kSortChunk = 1024;
 
 SHIVA_DEVICE uint32_t sort_key(float score) { return ordered_key(static_cast<uint32_t>(__float_as_uint(score))); }
 SHIVA_DEVICE uint64_t sort_key(double score) { return ordered_key(static_cast<uint64_t>(__double_as_longlong(score))); }
@@ -23,11 +22,11 @@ template <typename T>
 __global__ void __launch_bounds__(kSortThreads)
     soft_rank_sort_kernel(const T* scores, int64_t n, int64_t chunks, T* sorted, int32_t* order) {
   using Key = decltype(sort_key(T()));
-  SHIVA_SHARED(Key, keys, [kSortChunk<T>]);
-  SHIVA_SHARED(int, tokens, [kSortChunk<T>]);
+  SHIVA_SHARED(Key, keys, [kSortChunk]);
+  SHIVA_SHARED(int, tokens, [kSortChunk]);
   const int thread = static_cast<int>(threadIdx.x);
-  const int64_t first = blockIdx.x % chunks * kSortChunk<T>, begin = blockIdx.x / chunks * n + first;
-  const int count = n - first < kSortChunk<T> ? static_cast<int>(n - first) : kSortChunk<T>;
+  const int64_t first = blockIdx.x % chunks * kSortChunk, begin = blockIdx.x / chunks * n + first;
+  const int count = n - first < kSortChunk ? static_cast<int>(n - first) : kSortChunk;
   int size = 2;
   while (size < count) size *= 2;
   for (int t = thread; t < size; t += kSortThreads) {
@@ -88,11 +87,11 @@ __global__ void __launch_bounds__(kMergeThreads) soft_rank_merge_kernel(
     const T* chunk_sorted, const int32_t* chunk_order, int64_t total, int64_t n, T* sorted, int32_t* order) {
   const int64_t i = static_cast<int64_t>(blockIdx.x) * kMergeThreads + threadIdx.x;
   if (i >= total) return;
-  const int64_t begin = i / n * n, own = i % n / kSortChunk<T> * kSortChunk<T>;
+  const int64_t begin = i / n * n, own = i % n / kSortChunk * kSortChunk;
   const T score = chunk_sorted[i];
   int64_t place = i - begin - own;
-  for (int64_t first = 0; first < n; first += kSortChunk<T>) {
-    const int count = n - first < kSortChunk<T> ? static_cast<int>(n - first) : kSortChunk<T>;
+  for (int64_t first = 0; first < n; first += kSortChunk) {
+    const int count = n - first < kSortChunk ? static_cast<int>(n - first) : kSortChunk;
     if (first != own) place += count_before(chunk_sorted + begin + first, count, sort_key(score), first < own);
   }
   sorted[begin + place] = score;

@@ -30,7 +30,7 @@ void token_scatter_(Tensor base, const Tensor& index, const Tensor& src) {
         "base is expanded, its rows share memory; call it on base.clone()");
   const Guard guard(op, base, index, src);
   if (src.numel() == 0) return;
-  const Tensor dense = with_dense_channels(base), dense_src = with_dense_channels(src);
+  const Tensor dense = with_dense_channels(base), dense_src = with_dense_channels(apart_from(src, base));
   [[maybe_unused]] const Stream stream = current_stream(base);
   const Rows to = rows_of(dense), from = rows_of(dense_src);
   dispatch_access(common_alignment(t.row_bytes, to, from), [&](auto* type) {

@@ -2,6 +2,7 @@
 
 import pytest
 import torch
+from accelerate.hooks import CpuOffload, add_hook_to_module
 from diffusers.hooks import HookRegistry, ModelHook
 from torch import nn
 
@@ -245,3 +246,47 @@ def test_a_refused_second_enable_leaves_no_half_enabled_model(pipe, artifact):
     shiva_ext.disable(pipe)
     assert_unchanged(pipe.transformer, before)
     assert not SCHEDULER_METHODS & set(vars(pipe.scheduler))
+
+
+class CountingOffload(CpuOffload):
+    """Accelerate's hook that fetches a model's weights before a call; here they come from `stored`, if that is set."""
+
+    def __init__(self):
+        super().__init__("cpu")
+        self.fetched, self.stored = 0, None
+
+    def pre_forward(self, module, *args, **kwargs):
+        self.fetched += 1
+        if self.stored:
+            module.load_state_dict(self.stored)
+        return super().pre_forward(module, *args, **kwargs)
+
+
+@pytest.mark.parametrize("offloaded_first", [False, True])
+def test_an_offload_hook_works_around_ours_and_stays_behind(model, artifact, offloaded_first):
+    dense = call(model)
+    with shiva_ext.enable(model, artifact):
+        wanted = call(model)
+    offload = CountingOffload()
+    if offloaded_first:
+        add_hook_to_module(model, offload)
+    handle = shiva_ext.enable(model, artifact)
+    if not offloaded_first:
+        add_hook_to_module(model, offload)
+    assert torch.equal(call(model), wanted) and offload.fetched >= 1
+    handle.disable()
+    before = offload.fetched
+    assert torch.equal(call(model), dense) and offload.fetched == before + 1
+
+
+def test_the_weights_are_fetched_before_the_conditioning_is_computed(model, artifact):
+    with shiva_ext.enable(model, artifact):
+        wanted = call(model)
+    offload = CountingOffload()
+    offload.stored = {name: weight.clone() for name, weight in model.state_dict().items()}
+    add_hook_to_module(model, offload)
+    shiva_ext.enable(model, artifact)
+    with torch.no_grad():
+        for p in model.parameters():
+            p.fill_(float("nan"))
+    assert torch.equal(call(model), wanted)

@@ -7,6 +7,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from .device import DEVICE, place
+
 DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 CONTENTS = ("random", "ties", "zeros", "nan", "inf", "equal")
 LAYOUTS = ("contiguous", "transposed", "sliced", "expanded")
@@ -64,12 +66,20 @@ def lay_out(t: Tensor, layout: str) -> Tensor:
 
 
 class Maker:
-    """Tensors of one case. Their values depend on all but the layout, save that the expanded one repeats a row."""
+    """Tensors of one case. Values depend on all but layout and device, save that an expanded one repeats a row."""
 
     def __init__(
-        self, size: Size, dtype: torch.dtype, content="random", layout="contiguous", seed=0, index=torch.int64
+        self,
+        size: Size,
+        dtype: torch.dtype,
+        content="random",
+        layout="contiguous",
+        seed=0,
+        index=torch.int64,
+        device=DEVICE,
     ):
         self.size, self.dtype, self.content, self.layout, self.index_dtype = size, dtype, content, layout, index
+        self.device = device
         self.B, self.N, self.k, self.D, self.H = size.B, size.N, size.k, size.D, size.H
         self.generator = torch.Generator().manual_seed(seed)
 
@@ -91,8 +101,11 @@ class Maker:
     def _batch(self, t: Callable[[int], Tensor]) -> Tensor:
         if self.layout == "expanded":
             row = t(1)
-            return row.expand(self.B, *row.shape[1:])
-        return lay_out(t(self.B), self.layout)
+            return place(row.expand(self.B, *row.shape[1:]), self.device)
+        return self._shared(t(self.B))
+
+    def _shared(self, t: Tensor) -> Tensor:
+        return place(lay_out(t, self.layout), self.device)
 
     def floats(self, *shape: int, content: str | None = None, dtype: torch.dtype | None = None) -> Tensor:
         """[B, *shape] with the case's content."""
@@ -100,13 +113,13 @@ class Maker:
 
     def weight(self, *shape: int, dtype: torch.dtype | None = None) -> Tensor:
         """A random tensor that all rows of the batch share, of size about one in sum."""
-        return lay_out((self._values(shape, "random") / max(shape[-1], 1) ** 0.5).to(dtype or self.dtype), self.layout)
+        return self._shared((self._values(shape, "random") / max(shape[-1], 1) ** 0.5).to(dtype or self.dtype))
 
     def tokens(self) -> Tensor:
         return self.floats(self.N, self.D)
 
     def table(self) -> Tensor:
-        return lay_out(self._values((self.N, self.D), self.content).to(self.dtype), self.layout)
+        return self._shared(self._values((self.N, self.D), self.content).to(self.dtype))
 
     def scores(self) -> Tensor:
         return self.floats(self.N)

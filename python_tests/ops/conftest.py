@@ -1,7 +1,7 @@
 import pytest
 import torch
 
-from . import simulated  # replaces the kernels if the environment says so
+from . import device, simulated  # the latter replaces the kernels if the environment says so
 
 
 @pytest.fixture(autouse=True)
@@ -16,3 +16,5 @@ def one_thread():
 def pytest_terminal_summary(terminalreporter):
     if simulated.VARIANT:
         terminalreporter.write_line(simulated.report())
+    if device.DEVICE.type != "cpu":
+        terminalreporter.write_line(device.report())

@@ -11,6 +11,7 @@ import shiva_ext
 from shiva_ext import reference
 
 from .cases import EPS, OPS, SEEDS, SIZES, TAU, Maker, Op, Size, forward_backward, native, tuple_of, wide
+from .device import CPU, host
 from .tolerance import Target, layer_norm_floor, pair_floor, targets
 
 
@@ -68,7 +69,8 @@ def _targets(op: Op, maker: Maker, backward: bool) -> list[Target]:
 @lru_cache(maxsize=64)
 def cached_targets(key: str, size: Size, dtype: torch.dtype, content: str, expanded: bool, seed: int, backward: bool):
     """The layouts that hold the same values share one set of targets."""
-    return _targets(OPS[key], Maker(size, dtype, content, "expanded" if expanded else "contiguous", seed), backward)
+    layout = "expanded" if expanded else "contiguous"
+    return _targets(OPS[key], Maker(size, dtype, content, layout, seed, device=CPU), backward)
 
 
 def complaints(
@@ -94,8 +96,8 @@ def complaints(
                 got = tuple_of(native(op)(*arguments.values()))
                 if op.copies:
                     # On integers, since torch's own copies of half precisions do not keep a NaN's payload.
-                    plain = tuple_of(getattr(reference, op.name)(*map(bits, arguments.values())))
-                    if not all(torch.equal(bits(a), b) for a, b in zip(got, plain, strict=True)):
+                    plain = tuple_of(getattr(reference, op.name)(*(bits(host(a)) for a in arguments.values())))
+                    if not all(torch.equal(bits(host(a)), b) for a, b in zip(got, plain, strict=True)):
                         found.append(f"{size_name}, seed {seed}: a copied value changed its bits")
             names = op.leaves if backward else [f"output {i}" for i in range(len(wanted))]
             for name, actual, target in zip(names, got, wanted, strict=True):

@@ -6,6 +6,7 @@ import torch
 from shiva_ext import ops
 
 from .cases import EPS, KAPPA, TAU, TYPICAL, Maker
+from .device import DEVICE
 from .matrix import same_bits
 
 BF16, F32, F64 = torch.bfloat16, torch.float32, torch.float64
@@ -13,17 +14,17 @@ BF16, F32, F64 = torch.bfloat16, torch.float32, torch.float64
 
 @pytest.fixture(autouse=True)
 def autocast(one_thread):
-    with torch.autocast("cpu", BF16):
+    with torch.autocast(DEVICE.type, BF16):
         yield
 
 
 def outside(function, *arguments):
-    with torch.autocast("cpu", enabled=False):
+    with torch.autocast(DEVICE.type, enabled=False):
         return function(*arguments)
 
 
 def test_selection_sees_the_scores_it_was_given():
-    scores = 1 + torch.arange(50.0).flip(0)[None] * 1e-6  # one value in bfloat16
+    scores = 1 + torch.arange(50.0, device=DEVICE).flip(0)[None] * 1e-6  # one value in bfloat16
     kept, _ = ops.topk_select(scores, 5)
     assert kept.tolist() == [[0, 1, 2, 3, 4]]
 

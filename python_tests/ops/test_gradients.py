@@ -6,6 +6,7 @@ import torch
 from shiva_ext import ops, reference
 
 from .cases import DIFFERENTIABLE, EPS, KAPPA, OPS, TYPICAL, Maker, Size, forward_backward, native, tuple_of
+from .device import DEVICE, host, place
 from .matrix import same_bits
 
 SMALL = Size(B=2, N=6, k=4, D=3, H=5)
@@ -27,11 +28,10 @@ def test_residual_gate_backward_is_the_prescribed_formula(dtype):
     m = Maker(TYPICAL, dtype)
     x, kept, grad_selected, grad_base = m.tokens(), m.index(), m.floats(m.k, m.D), m.tokens()
     grad_x, grad_inclusion = torch.ops.shiva.residual_gate_backward(grad_selected, grad_base, x, kept)
-    exact_x, exact_inclusion = reference.residual_gate_backward(
-        grad_selected.double(), grad_base.double(), x.double(), kept
-    )
-    torch.testing.assert_close(grad_x, exact_x.to(dtype))
-    torch.testing.assert_close(grad_inclusion, exact_inclusion.to(grad_inclusion.dtype))
+    wide = [t.cpu().double() for t in (grad_selected, grad_base, x)]
+    exact_x, exact_inclusion = reference.residual_gate_backward(*wide, kept.cpu())
+    torch.testing.assert_close(grad_x.cpu(), exact_x.to(dtype))
+    torch.testing.assert_close(grad_inclusion.cpu(), exact_inclusion.to(grad_inclusion.dtype))
 
 
 @pytest.mark.parametrize("dtype", HALVES_AND_FLOATS, ids=str)
@@ -39,8 +39,9 @@ def test_counterfactual_scatter_backward_is_the_prescribed_formula(dtype):
     m = Maker(TYPICAL, dtype)
     grad, base, kept, src, update = m.tokens(), m.tokens(), m.index(), m.floats(m.k, m.D), m.tokens()
     got = torch.ops.shiva.counterfactual_scatter_backward(grad, base, kept, src, update, KAPPA)
-    wide = [t.double() for t in (grad, base, src, update)]
-    exact = reference.counterfactual_scatter_backward(wide[0], wide[1], kept, wide[2], wide[3], KAPPA)
+    got = [t.cpu() for t in got]
+    wide = [t.cpu().double() for t in (grad, base, src, update)]
+    exact = reference.counterfactual_scatter_backward(wide[0], wide[1], kept.cpu(), wide[2], wide[3], KAPPA)
     assert same_bits(got[0], exact[0].to(dtype))
     assert same_bits(got[1], exact[1].to(dtype))
     torch.testing.assert_close(got[2], exact[2].to(got[2].dtype))
@@ -72,16 +73,17 @@ def test_each_input_may_be_the_only_one_that_needs_a_gradient(key):
 @pytest.mark.parametrize("used", [0, 1])
 def test_residual_gate_takes_an_unused_output_as_a_zero_gradient(used):
     m = Maker(SMALL, torch.float64)
-    x, inclusion, kept = m.tokens(), m.inclusion(), m.index()
+    arguments = [m.tokens(), m.inclusion(), m.index()]
     got, wanted = [], []
-    for function, grads in ((ops.residual_gate, got), (reference.residual_gate, wanted)):
-        leaves = [x.clone().requires_grad_(), inclusion.clone().requires_grad_()]
-        grads += torch.autograd.grad(function(*leaves, kept)[used].square().sum(), leaves)
+    for function, grads, where in ((ops.residual_gate, got, DEVICE), (reference.residual_gate, wanted, "cpu")):
+        x, inclusion, kept = (t.clone().to(where) for t in arguments)
+        leaves = [x.requires_grad_(), inclusion.requires_grad_()]
+        grads += map(host, torch.autograd.grad(function(*leaves, kept)[used].square().sum(), leaves))
     torch.testing.assert_close(got, wanted)
 
 
 def test_selection_carries_no_gradient():
-    kept, rejected = ops.topk_select(torch.randn(2, 9, requires_grad=True), 4)
+    kept, rejected = ops.topk_select(place(torch.randn(2, 9)).requires_grad_(), 4)
     assert not kept.requires_grad
     assert not rejected.requires_grad
 
@@ -97,14 +99,15 @@ def test_no_gradient_flows_into_the_teacher_update():
 def test_half_precision_gradients_are_summed_in_float32(dtype):
     """256 ones would stop growing at 2048 in float16 and at 256 in bfloat16 if each addition were rounded."""
     B, N, D = 4096, 2, 8
-    table, index = torch.ones(N, D, dtype=dtype, requires_grad=True), torch.zeros(B, 1, dtype=torch.int64)
+    on = dict(dtype=dtype, device=DEVICE)
+    table, index = torch.ones(N, D, **on, requires_grad=True), torch.zeros(B, 1, dtype=torch.int64, device=DEVICE)
+    every = torch.arange(B, device=DEVICE)[None]
     (grad,) = torch.autograd.grad(ops.token_gather(table, index).sum(), table)
     assert grad[0].eq(B).all()
-    base, update = torch.zeros(1, B, D, dtype=dtype), torch.ones(1, B, D, dtype=dtype)
-    gate = torch.ones(1, D, dtype=dtype, requires_grad=True)
-    (grad,) = torch.autograd.grad(ops.scatter_residual(base, torch.arange(B)[None], update, gate).sum(), gate)
+    base, update = torch.zeros(1, B, D, **on), torch.ones(1, B, D, **on)
+    gate = torch.ones(1, D, **on, requires_grad=True)
+    (grad,) = torch.autograd.grad(ops.scatter_residual(base, every, update, gate).sum(), gate)
     assert grad.eq(B).all()
-    shift = torch.zeros(1, D, dtype=dtype, requires_grad=True)
-    scale = torch.zeros(1, D, dtype=dtype)
-    (grad,) = torch.autograd.grad(ops.gather_modulate(update, torch.arange(B)[None], shift, scale, EPS).sum(), shift)
+    shift, scale = torch.zeros(1, D, **on, requires_grad=True), torch.zeros(1, D, **on)
+    (grad,) = torch.autograd.grad(ops.gather_modulate(update, every, shift, scale, EPS).sum(), shift)
     assert grad.eq(B).all()

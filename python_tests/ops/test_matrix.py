@@ -6,6 +6,7 @@ import torch
 from shiva_ext import ops, reference
 
 from .cases import CONTENTS, INDEXED, LARGE, LAYOUTS, OPS, RARE_SIZES, TAU, TYPICAL, Maker, native, tuple_of
+from .device import place
 from .matrix import complaints, same_bits
 from .tolerance import Target, pair_floor
 
@@ -68,7 +69,7 @@ def test_soft_rank_of_extreme_scores_and_temperatures(row, tau, dtype):
     scores, eps = torch.tensor([row], dtype=dtype), torch.finfo(dtype).eps
     exact = reference.soft_rank(scores.double(), tau)
     bound = pair_floor(len(row), eps) + 4 * len(row) ** 0.5 * eps * exact
-    report([c for c in [Target(exact, bound, dtype).complaint(ops.soft_rank(scores, tau))] if c])
+    report([c for c in [Target(exact, bound, dtype).complaint(ops.soft_rank(place(scores), tau))] if c])
 
 
 @pytest.mark.parametrize("key", OPS)

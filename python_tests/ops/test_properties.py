@@ -7,6 +7,7 @@ from hypothesis import strategies as st
 from shiva_ext import ops
 
 from .cases import DTYPES, wide
+from .device import place
 from .tolerance import pair_floor
 
 few = settings(max_examples=60, deadline=None)
@@ -34,6 +35,15 @@ def selections(draw):
 rankings = st.tuples(scores(finite, most_rows=1), temperatures)
 
 
+def topk_select(scores: torch.Tensor, k: int) -> list[torch.Tensor]:
+    """The op on the device under test; arguments and results are on the CPU."""
+    return [t.cpu() for t in ops.topk_select(place(scores), k)]
+
+
+def soft_rank(scores: torch.Tensor, tau: float) -> torch.Tensor:
+    return ops.soft_rank(place(scores), tau).cpu()
+
+
 def rank_error(scores: torch.Tensor, tau: float) -> float:
     """How far a rank may be off: the pairs' floor, the rounding of their sum, and that of the scores over tau."""
     eps, N = torch.finfo(wide(scores.dtype)).eps, scores.shape[-1]
@@ -44,7 +54,7 @@ def rank_error(scores: torch.Tensor, tau: float) -> float:
 @given(selections())
 def test_kept_and_rejected_split_the_tokens_in_ascending_order(case):
     scores, k = case
-    kept, rejected = ops.topk_select(scores, k)
+    kept, rejected = topk_select(scores, k)
     assert (kept.shape[1], rejected.shape[1]) == (k, scores.shape[1] - k)
     assert (kept.diff(dim=1) > 0).all()
     assert (rejected.diff(dim=1) > 0).all()
@@ -56,7 +66,7 @@ def test_kept_and_rejected_split_the_tokens_in_ascending_order(case):
 @given(selections())
 def test_no_rejected_token_beats_a_kept_one(case):
     scores, k = case
-    kept, rejected = ops.topk_select(scores, k)
+    kept, rejected = topk_select(scores, k)
     for row, row_kept, row_rejected in zip(scores.tolist(), kept.tolist(), rejected.tolist(), strict=True):
         for i in row_kept:
             for j in row_rejected:
@@ -70,7 +80,7 @@ def test_no_rejected_token_beats_a_kept_one(case):
 @given(selections())
 def test_the_kept_values_are_those_of_torch_topk(case):
     scores, k = case
-    kept, _ = ops.topk_select(scores, k)
+    kept, _ = topk_select(scores, k)
     got = scores.gather(1, kept).sort(dim=1, descending=True).values
     torch.testing.assert_close(got, scores.topk(k).values, rtol=0, atol=0, equal_nan=True)
 
@@ -80,7 +90,7 @@ def test_the_kept_values_are_those_of_torch_topk(case):
 def test_the_ranks_add_up_to_those_of_a_ranking(case):
     scores, tau = case
     N = scores.shape[1]
-    ranks = ops.soft_rank(scores, tau).double()
+    ranks = soft_rank(scores, tau).double()
     assert abs(ranks.sum().item() - N * (N + 1) / 2) <= N * rank_error(scores, tau)
 
 
@@ -88,7 +98,7 @@ def test_the_ranks_add_up_to_those_of_a_ranking(case):
 @given(rankings)
 def test_a_better_score_has_no_larger_rank(case):
     scores, tau = case
-    best_first = ops.soft_rank(scores, tau)[0, scores[0].argsort(descending=True, stable=True)]
+    best_first = soft_rank(scores, tau)[0, scores[0].argsort(descending=True, stable=True)]
     assert (best_first.diff() >= -2 * rank_error(scores, tau)).all()
     assert (best_first >= 1 - rank_error(scores, tau)).all()
     assert (best_first <= scores.shape[1] + rank_error(scores, tau)).all()
@@ -100,6 +110,6 @@ def test_permuting_the_scores_permutes_the_ranks(case, random):
     scores, tau = case
     order = list(range(scores.shape[1]))
     random.shuffle(order)
-    permuted = ops.soft_rank(scores[:, order], tau)
-    error = (permuted - ops.soft_rank(scores, tau)[:, order]).abs().max().item()
+    permuted = soft_rank(scores[:, order], tau)
+    error = (permuted - soft_rank(scores, tau)[:, order]).abs().max().item()
     assert error <= 2 * rank_error(scores, tau)

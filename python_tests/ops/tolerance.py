@@ -36,7 +36,7 @@ class Target:
         if actual.dtype != self.dtype or actual.shape != self.exact.shape:
             wanted = f"{self.dtype} {list(self.exact.shape)}"
             return f"got {actual.dtype} {list(actual.shape)}, wanted {wanted}"
-        got, exact = actual.detach().double(), self.exact.to(self.dtype).double()
+        got, exact = actual.detach().cpu().double(), self.exact.to(self.dtype).double()
         wrong = (got.isnan() != exact.isnan()) | (got.isinf() | exact.isinf()) & ~got.isnan() & (got != exact)
         if self.bound is None:
             wrong |= ~got.isnan() & (got != exact)

@@ -44,7 +44,9 @@ class RandomSelector:
         B, N, _ = x.shape
         key = _mix(_mix(_mix(self.seed) ^ layer) ^ round(float(sigma) * 2**20))
         rows = [_mix(key ^ row) & 0xFFFFFFFF for row in range(B)]
-        value = torch.tensor(rows, device=x.device)[:, None] ^ _scattered(torch.arange(N, device=x.device))
+        # One fill for each row: a tensor made of a list would be copied to the GPU, and wait for it.
+        value = torch.stack([torch.full((1,), row, device=x.device) for row in rows])
+        value = value ^ _scattered(torch.arange(N, device=x.device))
         return (_scattered(value) >> 8).float() * 2**-24
 
 

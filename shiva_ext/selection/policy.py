@@ -91,7 +91,9 @@ class RatioPolicy(nn.Module):
             sinusoid = get_timestep_embedding(sigma.float() * 1000, config.hidden, flip_sin_to_cos=True)
             logits = self.time(sinusoid) + self.layer(self.layer_embedding).squeeze(-1) + self.anchor
             if noise:
-                logits = logits + noise * torch.randn(logits.shape, generator=generator, device=logits.device)
+                # Drawn where the generator is, so that a seed means the same on every device.
+                place = logits.device if generator is None else generator.device
+                logits = logits + noise * torch.randn(logits.shape, generator=generator, device=place).to(logits)
             dense = logits.new_ones(T, config.first_layer)
             return torch.cat([dense, torch.sigmoid(logits)], dim=1)
 

@@ -63,12 +63,13 @@ class ShivaTrainer:
         torch.manual_seed(config.seed)
         self.generator = torch.Generator().manual_seed(config.seed)
         transformer.requires_grad_(False).eval()
+        self.device = next(transformer.parameters()).device
         adapter = adapter_for(transformer)
         dims = adapter.dims(transformer)
         self.num_layers = dims["num_layers"]
-        self.router = router or ShivaRouter(**dims, share=config.share, hidden=config.hidden)
-        self.policy = policy or RatioPolicy(self.num_layers, min(config.budget, 0.99))
-        self.budget_loss = BudgetLoss(config.budget, config.budget_weight)
+        self.router = (router or ShivaRouter(**dims, share=config.share, hidden=config.hidden)).to(self.device)
+        self.policy = (policy or RatioPolicy(self.num_layers, min(config.budget, 0.99))).to(self.device)
+        self.budget_loss = BudgetLoss(config.budget, config.budget_weight).to(self.device)
         self.estimator = get_estimator(config.estimator)
         self.artifact = ShivaArtifact(
             type(transformer).__name__, self.router, RatioTable.fixed(config.budget, self.num_layers), self.policy
@@ -107,7 +108,7 @@ class ShivaTrainer:
     def _ratios(self, stage: str, sigma: Tensor, warm: Tensor) -> tuple[Tensor, Tensor | None]:
         """This call's ratios [L], and the noise-free ones [B,L] that the budget loss is about."""
         if stage == "router":
-            ratios = torch.full((self.num_layers,), float(warm))
+            ratios = torch.full((self.num_layers,), float(warm), device=self.device)
             ratios[: self.artifact.first_layer] = 1
             return ratios, None
         exploring = self.config.policy_noise if stage == "policy" else 0.0
@@ -118,8 +119,10 @@ class ShivaTrainer:
     def loss(self, stage: str, sigma: Tensor, warm: Tensor) -> tuple[Tensor, dict]:
         """The loss of one micro-batch with noise levels sigma [B], and its terms."""
         config = self.config
-        batch = self.next_batch(len(sigma), self.generator)
-        noise = torch.randn(batch.latents.shape, generator=self.generator)
+        # Drawn on the CPU, so that a seed means the same on every device.
+        batch = Batch(*(t.to(self.device) for t in self.next_batch(len(sigma), self.generator)))
+        noise = torch.randn(batch.latents.shape, generator=self.generator).to(self.device)
+        sigma = sigma.to(self.device)
         level = sigma.view(-1, 1, 1, 1)
         inputs = dict(
             hidden_states=(1 - level) * batch.latents + level * noise,
@@ -127,7 +130,7 @@ class ShivaTrainer:
             pooled_projections=batch.pooled,
             timestep=sigma * 1000,
         )
-        with torch.autocast(batch.latents.device.type, torch.bfloat16):
+        with torch.autocast(self.device.type, torch.bfloat16):
             if self.dense:
                 self.state.active = False
                 output = self.transformer(**inputs, return_dict=False)[0].float()
