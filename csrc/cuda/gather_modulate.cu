@@ -76,7 +76,7 @@ Tensor gather_modulate(const Tensor& x, const Tensor& index, const Tensor& shift
 
 template <typename T, int kWidth>
 void modulate_backward(const char* op, const ModulateBackward<T>& m, int64_t B, int64_t D, Stream stream) {
-  constexpr int kChannels = kWidth == 1 || kHalved<T> == 2 ? 4 : 16;  // of a row, its gradient and two sums
+  constexpr int kChannels = kWidth == 1 ? 2 : kHalved<T> == 2 ? 4 : 16;  // of a row, its gradient and two sums
   const unsigned blocks = grid_size(op, B * m.chunks);
   if (D <= kBackwardThreads * kChannels)
     SHIVA_LAUNCH(

@@ -234,7 +234,7 @@ __global__ void __launch_bounds__(kBackwardThreads) gather_modulate_backward_ker
 
 // The same for any D: rows are read again, and each thread adds up its own channels in the workspace.
 template <typename T, int kWidth>
-__global__ void __launch_bounds__(kWideRowThreads, 2)
+__global__ void __launch_bounds__(kWideRowThreads, sizeof(acc_t<T>) == 8 ? 1 : 2)
     gather_modulate_backward_wide_kernel(ModulateBackward<T> m, int64_t D) {
   using A = acc_t<T>;
   SHIVA_SHARED(A, warps, [4][kWarp]);

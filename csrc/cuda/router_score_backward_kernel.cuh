@@ -73,7 +73,7 @@ SHIVA_DEVICE void score_rows_backward(
 
 // H <= Product::kColumns. Grid: B * ceil(N / Product::kRows).
 template <typename Product, typename T = typename Product::T>
-__global__ void __launch_bounds__(Product::kThreads)
+__global__ void __launch_bounds__(Product::kThreads, 1)
     router_hidden_backward_kernel(RouterInput<T> in, RouterGradients<T> out) {
   SHIVA_SHARED(uint4, memory, [Product::kBytes / 16]);
   const RouterTokens<Product::kRows> tile(in.N);
@@ -124,7 +124,7 @@ SHIVA_DEVICE double router_column_sum(
 
 // grad_context [B, H] and the batch rows' normal_sums [B, H]; `chunks` of each batch row. Grid: B * ceil(H / 32).
 template <typename A>
-__global__ void __launch_bounds__(kSumThreads) router_add_chunks_kernel(
+__global__ void __launch_bounds__(kSumThreads, 1) router_add_chunks_kernel(
     const A* context_sums, const A* normal_sums, int64_t chunks, int H, A* grad_context, double* batch_normals) {
   SHIVA_SHARED(double, partial, [kSumWarps][kWarp]);
   const unsigned column_blocks = static_cast<unsigned>(ceil_div(H, kWarp));

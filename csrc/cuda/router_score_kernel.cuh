@@ -139,7 +139,7 @@ struct MmaProduct {
 // out[split] [rows, columns] = a b transposed over the split's part of the depth; a block computes one tile of it.
 // More than one split: split_depth is a multiple of 32. The column tile varies fastest, then the row tile.
 template <typename Product, bool kTransposeA, bool kTransposeB, typename Out>
-__global__ void __launch_bounds__(Product::kThreads) router_product_kernel(
+__global__ void __launch_bounds__(Product::kThreads, 1) router_product_kernel(
     MatrixView<typename Product::T> a, MatrixView<typename Product::T> b, int64_t rows, int64_t columns, int64_t depth,
     int64_t split_depth, Out* out) {
   SHIVA_SHARED(uint4, memory, [Product::kBytes / 16]);
