@@ -182,7 +182,8 @@ struct ChunkOfRows {
 
 // One block a chunk of a batch row's tokens, one after the other; each thread adds up its own channels in registers.
 template <typename T, int kWidth, int kPacks>
-__global__ void __launch_bounds__(kBackwardThreads) gather_modulate_backward_kernel(ModulateBackward<T> m, int D) {
+__global__ void __launch_bounds__(kBackwardThreads, kWidth == 1 ? 1 : 0)
+    gather_modulate_backward_kernel(ModulateBackward<T> m, int D) {
   using A = acc_t<T>;
   SHIVA_SHARED(A, warps, [4][kWarp]);
   const int first = first_channel<kWidth, kPacks>(static_cast<int>(threadIdx.x) / kWarp), left = D - first;
