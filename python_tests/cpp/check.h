@@ -10,7 +10,7 @@
 #include <string>
 #include <vector>
 
-#include "cuda/device.h"
+#include "cuda/mma.h"
 
 struct Failed : std::runtime_error {
   using std::runtime_error::runtime_error;

@@ -5,9 +5,9 @@
 
 #include "check.h"
 
-using shiva::cuda::cp_async16;
-using shiva::cuda::cp_async_commit;
-using shiva::cuda::cp_async_wait;
+using shiva::cuda::commit_copies;
+using shiva::cuda::copy_async16;
+using shiva::cuda::wait_copies;
 
 // ---- shared memory
 
@@ -77,42 +77,42 @@ static void with_words(const std::function<void(uint32_t*)>& kernel) {
     kernel(words[0].at);
   });
 }
-static void copy(uint32_t* shared, int i) { cp_async16(shared + 4 * i, kSource.at + 4 * i); }
+static void copy(uint32_t* shared, int i) { copy_async16(shared + 4 * i, kSource.at + 4 * i, true); }
 
 TEST(a_missing_wait_reads_neither_the_copy_nor_what_was_there) {
   with_words([](uint32_t* s) {
     copy(s, 0);
     for (int i = 0; i < 4; ++i) CHECK(s[i] != kSource.at[i] && s[i] != 7u && s[i] != 0u);
-    cp_async_commit();
+    commit_copies();
     for (int i = 0; i < 4; ++i) CHECK(s[i] != kSource.at[i] && s[i] != 7u && s[i] != 0u);
-    cp_async_wait<0>();
+    wait_copies<0>();
     CHECK(copied(s, 0) && s[4] == 7u);
   });
 }
 
 TEST(wait_n_leaves_the_last_n_groups_in_flight) {
   with_words([](uint32_t* s) {
-    for (int i = 0; i < 4; ++i) copy(s, i), cp_async_commit();
-    cp_async_wait<4>();
+    for (int i = 0; i < 4; ++i) copy(s, i), commit_copies();
+    wait_copies<4>();
     CHECK(!copied(s, 0) && !copied(s, 1) && !copied(s, 2) && !copied(s, 3));
-    cp_async_wait<3>();
+    wait_copies<3>();
     CHECK(copied(s, 0) && !copied(s, 1) && !copied(s, 2) && !copied(s, 3));
-    cp_async_wait<1>();
+    wait_copies<1>();
     CHECK(copied(s, 0) && copied(s, 1) && copied(s, 2) && !copied(s, 3));
-    cp_async_wait<2>();
+    wait_copies<2>();
     CHECK(!copied(s, 3));
-    cp_async_wait<0>();
+    wait_copies<0>();
     CHECK(copied(s, 3));
   });
 }
 
 TEST(a_group_holds_all_copies_since_the_last_commit) {
   with_words([](uint32_t* s) {
-    copy(s, 0), copy(s, 1), cp_async_commit();
-    copy(s, 2), copy(s, 3), cp_async_commit();
-    cp_async_wait<1>();
+    copy(s, 0), copy(s, 1), commit_copies();
+    copy(s, 2), copy(s, 3), commit_copies();
+    wait_copies<1>();
     CHECK(copied(s, 0) && copied(s, 1) && !copied(s, 2) && !copied(s, 3));
-    cp_async_wait<0>();
+    wait_copies<0>();
     CHECK(copied(s, 2) && copied(s, 3));
   });
 }
@@ -120,29 +120,29 @@ TEST(a_group_holds_all_copies_since_the_last_commit) {
 TEST(copies_that_were_not_committed_are_not_waited_for) {
   with_words([](uint32_t* s) {
     copy(s, 0);
-    cp_async_wait<0>();
+    wait_copies<0>();
     CHECK(!copied(s, 0));
-    cp_async_commit();
-    cp_async_wait<0>();
+    commit_copies();
+    wait_copies<0>();
     CHECK(copied(s, 0));
   });
 }
 
 TEST(an_empty_group_counts_and_may_stay_in_flight) {
   with_words([](uint32_t* s) {
-    copy(s, 0), cp_async_commit(), cp_async_commit();
-    cp_async_wait<2>();
+    copy(s, 0), commit_copies(), commit_copies();
+    wait_copies<2>();
     CHECK(!copied(s, 0));
-    cp_async_wait<1>();
+    wait_copies<1>();
     CHECK(copied(s, 0));
   });
 }
 
 TEST(the_end_of_a_copy_is_zeroed_and_its_source_not_read) {
   with_words([](uint32_t* s) {
-    cp_async16(s, nullptr, false);
+    copy_async16(s, nullptr, false);
     shiva::simt::async_copy(s + 4, kSource.at + 4, 16, 12);
-    cp_async_commit(), cp_async_wait<0>();
+    commit_copies(), wait_copies<0>();
     CHECK(s[0] == 0 && s[1] == 0 && s[2] == 0 && s[3] == 0);
     CHECK(s[4] == 21 && s[5] == 0 && s[6] == 0 && s[7] == 0 && s[8] == 7u);
   });
@@ -152,12 +152,12 @@ TEST(a_wait_or_barrier_of_other_threads_completes_no_copy) {
   for_seeds(10, [] {
     run(32, [] {
       SHIVA_SHARED(Words, words, [1]);
-      if (threadIdx.x == 0) copy(words[0].at, 0), cp_async_commit();
-      if (threadIdx.x == 1) cp_async_wait<0>();
+      if (threadIdx.x == 0) copy(words[0].at, 0), commit_copies();
+      if (threadIdx.x == 1) wait_copies<0>();
       __syncthreads();
       CHECK(!copied(words[0].at, 0));
       __syncthreads();
-      if (threadIdx.x == 0) cp_async_wait<0>();
+      if (threadIdx.x == 0) wait_copies<0>();
       __syncthreads();
       CHECK(copied(words[0].at, 0));
     });

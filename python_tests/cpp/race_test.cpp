@@ -1,10 +1,10 @@
 // The race detector: small kernels, racy ones, which every schedule must report, and clean ones, which none may.
 #include "check.h"
 
-using shiva::cuda::cp_async16;
-using shiva::cuda::cp_async_commit;
-using shiva::cuda::cp_async_wait;
+using shiva::cuda::commit_copies;
+using shiva::cuda::copy_async16;
 using shiva::cuda::Vec;
+using shiva::cuda::wait_copies;
 
 // In global memory.
 int word = 0;
@@ -385,11 +385,11 @@ TEST(clean_local_arrays) {
 
 static void staged(int wait_before, int wait_after) {
   SHIVA_SHARED(float, s, [256]);
-  cp_async16(s + 4 * thread(), source + 4 * thread());
-  cp_async_commit();
-  if (wait_before) cp_async_wait<0>();
+  copy_async16(s + 4 * thread(), source + 4 * thread(), true);
+  commit_copies();
+  if (wait_before) wait_copies<0>();
   __syncthreads();
-  if (wait_after) cp_async_wait<0>();
+  if (wait_after) wait_copies<0>();
   use(s[4 * (63 - thread())]);
 }
 TEST(clean_copy_waited_for_before_the_barrier) {
@@ -401,8 +401,8 @@ TEST(racy_copy_waited_for_behind_the_barrier) {
 TEST(racy_copy_read_by_others_without_a_barrier) {
   racy(1, 64, [] {
     SHIVA_SHARED(float, s, [256]);
-    cp_async16(s + 4 * thread(), source + 4 * thread());
-    cp_async_commit(), cp_async_wait<0>();
+    copy_async16(s + 4 * thread(), source + 4 * thread(), true);
+    commit_copies(), wait_copies<0>();
     use(s[4 * (63 - thread())]);
   });
 }
@@ -410,24 +410,24 @@ TEST(racy_copy_into_what_others_still_read) {
   racy(1, 64, [] {
     SHIVA_SHARED(float, s, [256]);
     use(s[4 * (63 - thread())]);
-    cp_async16(s + 4 * thread(), source + 4 * thread());
+    copy_async16(s + 4 * thread(), source + 4 * thread(), true);
     __syncthreads();
-    cp_async_commit(), cp_async_wait<0>();
+    commit_copies(), wait_copies<0>();
   });
 }
 TEST(racy_copy_from_what_another_thread_writes) {
   racy(1, 64, [] {
     SHIVA_SHARED(float, s, [256]);
-    cp_async16(s + 4 * thread(), source + 4 * thread());
-    cp_async_commit(), cp_async_wait<0>();
+    copy_async16(s + 4 * thread(), source + 4 * thread(), true);
+    commit_copies(), wait_copies<0>();
     if (thread() == 50) source[0] = 1;
   });
 }
 TEST(clean_copy_of_nothing_reads_no_source) {
   clean(1, 64, [] {
     SHIVA_SHARED(float, s, [256]);
-    cp_async16(s + 4 * thread(), source, thread() == 50);
-    cp_async_commit(), cp_async_wait<0>();
+    copy_async16(s + 4 * thread(), source, thread() == 50);
+    commit_copies(), wait_copies<0>();
     if (thread() == 50) source[0] = 1;
   });
 }

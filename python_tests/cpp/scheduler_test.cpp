@@ -5,8 +5,8 @@
 
 #include "check.h"
 
-using shiva::cuda::cp_async16;
-using shiva::cuda::cp_async_commit;
+using shiva::cuda::commit_copies;
+using shiva::cuda::copy_async16;
 using shiva::simt::launch;
 
 // ---- schedules
@@ -282,9 +282,9 @@ static void copy_16_bytes(size_t shared_offset, size_t global_offset) {
   alignas(16) static char source[64];
   run(1, [&] {
     SHIVA_SHARED(char, buffer, [64]);
-    cp_async16(buffer + shared_offset, source + global_offset);
-    cp_async_commit();
-    shiva::cuda::cp_async_wait<0>();
+    copy_async16(buffer + shared_offset, source + global_offset, true);
+    commit_copies();
+    shiva::cuda::wait_copies<0>();
   });
 }
 TEST(an_unaligned_cp_async_is_an_error) {
@@ -300,8 +300,8 @@ TEST(a_thread_that_ends_with_copies_in_flight_is_an_error) {
         SHIVA_SHARED(float, buffer, [4]);
         alignas(16) static const float source[4] = {};
         if (threadIdx.x != 5) return;
-        cp_async16(buffer, source);
-        if (commit) cp_async_commit();
+        copy_async16(buffer, source, true);
+        if (commit) commit_copies();
       });
     });
 }
@@ -397,7 +397,7 @@ CRASH(a_cp_async_beyond_its_array) {
   alignas(16) static const float source[4] = {};
   run(1, [] {
     SHIVA_SHARED(float, buffer, [4]);
-    cp_async16(buffer + 4, source);
+    copy_async16(buffer + 4, source, true);
   });
 }
 CRASH(a_misaligned_vector_load) {
