@@ -71,6 +71,7 @@ SKIP = re.compile(
 DECLARED_ARRAY = re.compile(
     r"^\s*(?!return |else )(?:const |static )*[\w:]+(?:<[^;=]*>)?[ &*]+\w+(?:\[[^\]]*\])+(?: = .*)?[;,]"
 )
+DECLARED_PARAMETER = re.compile(r"\(&\w+\)(?:\[[^\]]*\])+$")  # T (&sums)[kSide]
 OPENING, CLOSING = "([{", ")]}"
 
 
@@ -117,9 +118,8 @@ def _beginning(code: str, end: int) -> int:
         if depth == 0:
             if code[at] in OPENING:
                 return at + 1
-            for stop in (" = ", "= ", "return ", ", ", ": ", "? ", "<< "):
-                if code.endswith(stop, 0, at + 1):
-                    return at + 1
+            if code.endswith((" = ", "return ", ", ", ": ", "? ", "<< "), 0, at + 1):
+                return at + 1
         depth += (code[at] in CLOSING) - (code[at] in OPENING)
     return len(code) - len(code.lstrip())
 
@@ -143,6 +143,8 @@ def _places(code: str) -> Iterator[tuple[str, str, tuple[tuple[int, int, str], .
             yield "guard", f"no {code[match.end() : end]}", _always(match.end(), end)
     for match in re.finditer(r" && ", code):
         end = _closing(code, match.end(), (" && ", " || ", " ? ", ";", ", "))
+        if code.endswith((" &&", " ||"), 0, end):  # the condition goes on in the next line
+            end -= 3
         yield "guard", f"no {code[match.end() : end]}", _always(match.end(), end)
     for match in re.finditer(r" \? ", code):
         start = _beginning(code, match.start())
@@ -150,7 +152,7 @@ def _places(code: str) -> Iterator[tuple[str, str, tuple[tuple[int, int, str], .
     if not DECLARED_ARRAY.search(code):
         for match in re.finditer(r"(?<=[\w\]])\[", code):
             end = _closing(code, match.end(), ())
-            if end < len(code) and end > match.end():
+            if match.end() < end < len(code) and not DECLARED_PARAMETER.search(code[: match.start()]):
                 inside = code[match.end() : end]
                 edits = (match.end(), 0, "("), (end, 0, ") + SHIVA_MUTANT({n})")
                 yield "index", f"[{inside}] + 1 at {match.start()}", edits

@@ -27,6 +27,11 @@ inline int both(const int* x, int i, int n) {
   local[0] = clamp(x, i, n) + (text == nullptr);
   return local[0];
 }
+inline int declared(const int (&pairs)[2][3], int i) {
+  const bool both = i == 1 &&
+                    pairs[0][2] == 2;
+  return both == true ? 1 : 0;
+}
 """
 MAIN = """
 #include <cstdio>
@@ -36,7 +41,9 @@ int main(int, char** arguments) {
   const int padded[] = {90, 10, 20, 30, 91, 92};
   const int* x = padded + 1;
   for (int i = -1; i < 5; ++i) std::printf("%d ", both(x, i, 3));
-  std::printf("%d|%d\\n", clamp(x, 0, 0), calls);
+  const int pairs[2][3] = {{0, 1, 2}, {7, 8, 9}};
+  std::printf("%d|%d", clamp(x, 0, 0), calls);
+  for (int i = 0; i < 2; ++i) std::printf(" %d", declared(pairs, i));
 }
 """
 
@@ -63,6 +70,9 @@ def test_each_kind_of_mistake_is_found_and_nothing_else(file):
             (14, "barrier", "no __syncthreads()"),
             (17, "index", "[0] + 1"),
             (18, "index", "[0] + 1"),
+            (22, "index", "[0] + 1"),
+            (22, "index", "[2] + 1"),
+            (23, "guard", "always both == true"),
         ]
     )
 
@@ -104,11 +114,11 @@ def test_each_number_switches_on_its_own_mistake(file, tmp_path):
         "[n - 1] + 1": "91 10 20 30 91 91 -1|6",
         "no __syncthreads()": "30 10 20 30 30 30 -1|0",
     }
-    unchanged = "30 10 20 30 30 30 -1|6"
+    unchanged = "30 10 20 30 30 30 -1|6 0 1"
     assert output(-1) == unchanged
     for number, mutant in enumerate(mutants):
         change = mutant.change.split(" at ")[0]
         if change in expected:
-            assert output(number) == expected[change], str(mutant)
-        else:  # the local array's
+            assert output(number) == expected[change] + " 0 1", str(mutant)
+        else:  # the arrays' and the last function's
             assert output(number) != unchanged, str(mutant)
