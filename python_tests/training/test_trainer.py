@@ -200,3 +200,33 @@ def test_the_control_run_trains_adapters_alone_and_prunes_nothing(tmp_path):
     trainer.close()
     with shiva_ext.enable(model, tmp_path):
         assert shiva_ext.summary(model).mean_ratio == 1
+
+
+@pytest.mark.parametrize("micro_batches", [1, 2, 4])
+def test_the_budget_loss_sees_the_whole_batch_once_a_step(micro_batches):
+    config = replace(CONFIG, micro_batches=micro_batches, budget=0.6, budget_weight=3.0, adapter_rank=0)
+    trainer = ShivaTrainer(tiny_model(), config, next_batch)
+    seen = []
+    trainer.budget_loss.register_forward_hook(lambda module, args, loss: seen.append((args[0].detach(), loss.item())))
+    trainer.run_stage("joint", 3)
+    trainer.close()
+    mu = config.budget
+    assert len(seen) == 3
+    for ratios, loss in seen:
+        assert ratios.shape == (config.batch_size, 4)
+        mean = ratios[:, 1:].mean().item()
+        mu = 0.2 * mean + 0.8 * mu
+        assert loss == pytest.approx(3.0 * mean * 2 * (mu - config.budget), abs=1e-6)
+    assert trainer.budget_loss.mu.item() == pytest.approx(mu)
+
+
+def test_the_budget_gradient_does_not_depend_on_the_number_of_micro_batches():
+    def gradient(micro_batches: int) -> list[torch.Tensor]:
+        config = replace(CONFIG, micro_batches=micro_batches, budget=0.3, adapter_rank=0)
+        trainer = ShivaTrainer(tiny_model(), config, next_batch)
+        trainer.budget_term(torch.linspace(0.1, 0.9, config.batch_size)).backward()
+        trainer.close()
+        return [p.grad for p in trainer.policy.parameters() if p.grad is not None]
+
+    for one, two in zip(gradient(1), gradient(4), strict=True):
+        torch.testing.assert_close(one, two)

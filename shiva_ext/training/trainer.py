@@ -105,19 +105,25 @@ class ShivaTrainer:
             groups.append(dict(params=params, lr=config.lr_adapter))
         return groups
 
-    def _ratios(self, stage: str, sigma: Tensor, warm: Tensor) -> tuple[Tensor, Tensor | None]:
-        """This call's ratios [L], and the noise-free ones [B,L] that the budget loss is about."""
+    def _ratios(self, stage: str, sigma: Tensor, warm: Tensor) -> Tensor:
+        """This call's ratios [L]."""
         if stage == "router":
             ratios = torch.full((self.num_layers,), float(warm), device=self.device)
             ratios[: self.artifact.first_layer] = 1
-            return ratios, None
+            return ratios
         exploring = self.config.policy_noise if stage == "policy" else 0.0
-        clean = self.policy(sigma)
-        noisy = self.policy(sigma, noise=exploring, generator=self.generator) if exploring else clean
-        return shared_ratios(noisy), clean
+        return shared_ratios(self.policy(sigma, noise=exploring, generator=self.generator))
+
+    def budget_term(self, sigmas: Tensor) -> Tensor:
+        """The budget loss of one step, over the noise levels [batch_size] of all its micro-batches.
+
+        Once a step, not once a micro-batch: those lie at rising noise levels, and a moving average over them would
+        remember the last ones best. Without exploration noise, which pulls the mean ratio towards one half.
+        """
+        return self.budget_loss(self.policy(sigmas.to(self.device)))
 
     def loss(self, stage: str, sigma: Tensor, warm: Tensor) -> tuple[Tensor, dict]:
-        """The loss of one micro-batch with noise levels sigma [B], and its terms."""
+        """The loss of one micro-batch with noise levels sigma [B], less the budget's, and its terms."""
         config = self.config
         # Drawn on the CPU, so that a seed means the same on every device.
         batch = Batch(*(t.to(self.device) for t in self.next_batch(len(sigma), self.generator)))
@@ -137,7 +143,7 @@ class ShivaTrainer:
                 terms = {"diffusion": F.mse_loss(output, noise - batch.latents)}
                 return terms["diffusion"], {k: v.item() for k, v in terms.items()}
             teacher = run_teacher(self.transformer, self.state, **inputs)
-            ratios, clean = self._ratios(stage, sigma, warm)
+            ratios = self._ratios(stage, sigma, warm)
             output, student = run_student(self.transformer, self.state, self.estimator, ratios, teacher, **inputs)
         output = output.float()
         features = [layer for layer in self.layers if layer in student.outputs]
@@ -153,8 +159,6 @@ class ShivaTrainer:
             + config.output_weight * terms["output"]
             + config.feature_weight * terms["features"]
         )
-        if clean is not None:
-            total = total + self.budget_loss(clean) / config.micro_batches
         record = {k: v.item() for k, v in terms.items()}
         record["ratio"] = float(ratios.detach()[self.artifact.first_layer :].mean())
         return total, record
@@ -183,9 +187,11 @@ class ShivaTrainer:
             self.estimator.progress = (done + step) / total
             micro = config.micro_batches
             warm = stratified_ratios(micro, config.ratio_min, config.ratio_max, self.generator)
+            sigmas = [stratified_timesteps(config.batch_size // micro, i, micro, self.generator) for i in range(micro)]
             optimizer.zero_grad(set_to_none=True)
-            for part in range(micro):
-                sigma = stratified_timesteps(config.batch_size // micro, part, micro, self.generator)
+            if stage != "router" and not self.dense:
+                self.budget_term(torch.cat(sigmas)).backward()
+            for part, sigma in enumerate(sigmas):
                 loss, record = self.loss(stage, sigma, warm[part])
                 if not math.isfinite(loss.item()):
                     raise FloatingPointError(
