@@ -39,6 +39,19 @@ function(_shiva_default_architectures result)
   set(${result} "${list}" PARENT_SCOPE)
 endfunction()
 
+# The kernels and their launchers; also what the simulator builds.
+set(SHIVA_CUDA_SOURCES
+  csrc/cuda/counterfactual_scatter.cu
+  csrc/cuda/gather_modulate.cu
+  csrc/cuda/launch.cu
+  csrc/cuda/residual_gate.cu
+  csrc/cuda/router_score.cu
+  csrc/cuda/scatter_residual.cu
+  csrc/cuda/soft_rank.cu
+  csrc/cuda/token_gather.cu
+  csrc/cuda/token_scatter.cu
+  csrc/cuda/topk_select.cu)
+
 set(SHIVA_CUDA OFF)
 if(SHIVA_WITH_CUDA STREQUAL "OFF")
   message(STATUS "shiva_ext: CUDA kernels off (SHIVA_WITH_CUDA=OFF)")
@@ -64,9 +77,9 @@ else()
   endif()
 endif()
 
-# Adds every csrc/cuda/*.cu to a target.
+# Adds the CUDA kernels to a target.
 function(shiva_add_cuda_kernels target)
-  file(GLOB sources CONFIGURE_DEPENDS ${CMAKE_CURRENT_SOURCE_DIR}/csrc/cuda/*.cu)
+  list(TRANSFORM SHIVA_CUDA_SOURCES PREPEND ${CMAKE_CURRENT_SOURCE_DIR}/ OUTPUT_VARIABLE sources)
   target_sources(${target} PRIVATE ${sources})
   # The static runtime needs no libcudart beside it, so the library also loads where torch is a CPU build.
   set_target_properties(${target} PROPERTIES CUDA_STANDARD 20 CUDA_RUNTIME_LIBRARY Static CUDA_VISIBILITY_PRESET hidden)

@@ -5,7 +5,7 @@ option(SHIVA_BUILD_SIMT "Build the simulated CUDA kernels that the tests run" OF
 
 function(shiva_add_simt variant)
   set(name _simt_${variant})
-  file(GLOB kernels CONFIGURE_DEPENDS ${CMAKE_CURRENT_SOURCE_DIR}/csrc/cuda/*.cu)
+  list(TRANSFORM SHIVA_CUDA_SOURCES PREPEND ${CMAKE_CURRENT_SOURCE_DIR}/ OUTPUT_VARIABLE kernels)
   set_source_files_properties(${kernels} PROPERTIES LANGUAGE CXX COMPILE_OPTIONS "-xc++;-Wno-unknown-pragmas")
   # Kernels apart from the rest: under `race` only they may be instrumented.
   add_library(${name}_kernels OBJECT ${kernels})

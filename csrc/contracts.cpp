@@ -107,23 +107,29 @@ Tokens check_residual_gate_backward(
   return t;
 }
 
+static void check_kappa(const char* op, double kappa) {
+  SHIVA_CHECK(kappa >= 0 && std::isfinite(kappa), op, "kappa must be a finite number of at least 0, got ", kappa);
+}
+
 Tokens check_counterfactual_scatter(
     const char* op, const Tensor& base, const Tensor& kept, const Tensor& src, const Tensor& inclusion,
-    const Tensor& update, Place place) {
+    const Tensor& update, double kappa, Place place) {
   Tokens t = check_tokens(op, "base", base, "kept", kept, place);
   check_like(op, "src", src, {t.B, t.k, t.D}, "base", base, place);
   check_inclusion(op, inclusion, base, place);
   check_like(op, "update", update, {t.B, t.N, t.D}, "base", base, place);
+  check_kappa(op, kappa);
   return t;
 }
 
 Tokens check_counterfactual_scatter_backward(
     const char* op, const Tensor& grad, const Tensor& base, const Tensor& kept, const Tensor& src, const Tensor& update,
-    Place place) {
+    double kappa, Place place) {
   Tokens t = check_tokens(op, "base", base, "kept", kept, place);
   check_like(op, "grad", grad, {t.B, t.N, t.D}, "base", base, place);
   check_like(op, "src", src, {t.B, t.k, t.D}, "base", base, place);
   check_like(op, "update", update, {t.B, t.N, t.D}, "base", base, place);
+  check_kappa(op, kappa);
   return t;
 }
 

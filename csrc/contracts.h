@@ -48,10 +48,10 @@ Tokens check_residual_gate_backward(
 
 Tokens check_counterfactual_scatter(
     const char* op, const Tensor& base, const Tensor& kept, const Tensor& src, const Tensor& inclusion,
-    const Tensor& update, Place place);
+    const Tensor& update, double kappa, Place place);
 Tokens check_counterfactual_scatter_backward(
     const char* op, const Tensor& grad, const Tensor& base, const Tensor& kept, const Tensor& src, const Tensor& update,
-    Place place);
+    double kappa, Place place);
 
 Tokens check_gather_modulate(
     const char* op, const Tensor& x, const Tensor& index, const Tensor& shift, const Tensor& scale, double eps,

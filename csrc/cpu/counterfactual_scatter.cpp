@@ -9,16 +9,16 @@ namespace {
 Tensor counterfactual_scatter(
     const Tensor& base, const Tensor& kept, const Tensor& src, const Tensor& inclusion, const Tensor& update,
     double kappa) {
-  const Tokens t = check_counterfactual_scatter("counterfactual_scatter", base, kept, src, inclusion, update, kPlace);
-  (void)kappa;
+  const Tokens t =
+      check_counterfactual_scatter("counterfactual_scatter", base, kept, src, inclusion, update, kappa, kPlace);
   return replace_rows(base, t.index, src);
 }
 
 // -> grad_base [B, N, D] (zero at kept), grad_src [B, k, D], grad_inclusion [B, N]
 std::tuple<Tensor, Tensor, Tensor> counterfactual_scatter_backward(
     const Tensor& grad, const Tensor& base, const Tensor& kept, const Tensor& src, const Tensor& update, double kappa) {
-  const Tokens t =
-      check_counterfactual_scatter_backward("counterfactual_scatter_backward", grad, base, kept, src, update, kPlace);
+  const Tokens t = check_counterfactual_scatter_backward(
+      "counterfactual_scatter_backward", grad, base, kept, src, update, kappa, kPlace);
   const int64_t N = t.N;
   Tensor grad_inclusion = torch::stable::new_empty(base, {t.B, N}, accumulate_type(base));
   const Tensor dense_grad = with_dense_channels(grad), dense_base = with_dense_channels(base);

@@ -11,9 +11,8 @@ Tensor counterfactual_scatter(
     const Tensor& base, const Tensor& kept, const Tensor& src, const Tensor& inclusion, const Tensor& update,
     double kappa) {
   constexpr char op[] = "counterfactual_scatter";
-  const Tokens t = check_counterfactual_scatter(op, base, kept, src, inclusion, update, kPlace);
+  const Tokens t = check_counterfactual_scatter(op, base, kept, src, inclusion, update, kappa, kPlace);
   const int64_t B = t.B, N = t.N;
-  (void)kappa;
   const Guard guard(op, base, kept, src, inclusion, update);
   const Tensor dense = with_dense_channels(base), dense_src = with_dense_channels(src);
   const Tensor position = torch::stable::new_empty(base, {B, N}, ScalarType::Long);
@@ -30,7 +29,7 @@ Tensor counterfactual_scatter(
 std::tuple<Tensor, Tensor, Tensor> counterfactual_scatter_backward(
     const Tensor& grad, const Tensor& base, const Tensor& kept, const Tensor& src, const Tensor& update, double kappa) {
   constexpr char op[] = "counterfactual_scatter_backward";
-  const Tokens t = check_counterfactual_scatter_backward(op, grad, base, kept, src, update, kPlace);
+  const Tokens t = check_counterfactual_scatter_backward(op, grad, base, kept, src, update, kappa, kPlace);
   const int64_t B = t.B, N = t.N, k = t.k;
   const Guard guard(op, grad, base, kept, src, update);
   const Tensor dense_grad = with_dense_channels(grad), dense_base = with_dense_channels(base);

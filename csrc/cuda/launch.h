@@ -1,7 +1,8 @@
 // What every CUDA launcher needs: argument checks, the stream, the launch check, registration.
 //
-// A launcher goes: checks, device guard, contiguous, empty return, stream, launch, launch check. The same source builds
-// into the simulator's library, where tensors are on the CPU and the ops are called torch.ops.shiva_simt.*.
+// A launcher goes: checks (an index of int32 becomes one of int64 there), device guard, contiguous, empty return,
+// stream, launch, launch check. The same source builds into the simulator's library, where tensors are on the CPU and
+// the ops are called torch.ops.shiva_simt.*.
 #pragma once
 
 #include <torch/csrc/stable/accelerator.h>

@@ -24,10 +24,7 @@ struct Router : RouterArguments {
   }
 };
 
-Router check(
-    const char* op, const Tensor& x, const Tensor& context, const Tensor& w_in, const Tensor& ln_weight,
-    const Tensor& ln_bias, const Tensor& w_out, double eps) {
-  const RouterArguments arguments = check_router_score(op, x, context, w_in, ln_weight, ln_bias, w_out, eps, kPlace);
+Router contiguous(const char* op, const RouterArguments& arguments, const Tensor& x, const Tensor& w_in, double eps) {
   return {arguments, op, torch::stable::contiguous(x), torch::stable::contiguous(w_in), eps, current_stream(x)};
 }
 
@@ -117,8 +114,9 @@ Tensor router_score(
     const Tensor& x, const Tensor& context, const Tensor& w_in, const Tensor& ln_weight, const Tensor& ln_bias,
     const Tensor& w_out, double eps) {
   constexpr char op[] = "router_score";
-  const Router r = check(op, x, context, w_in, ln_weight, ln_bias, w_out, eps);
+  const RouterArguments checked = check_router_score(op, x, context, w_in, ln_weight, ln_bias, w_out, eps, kPlace);
   const Guard guard(op, x, context, w_in, ln_weight, ln_bias, w_out);
+  const Router r = contiguous(op, checked, x, w_in, eps);
   Tensor scores = torch::stable::new_empty(x, {r.B, r.N}, accumulate_type(x));
   if (scores.numel() == 0) return scores;
   dispatch(r.dtype, [&](auto* type) {
@@ -190,9 +188,10 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> router_score_backward
     const Tensor& grad, const Tensor& x, const Tensor& context, const Tensor& w_in, const Tensor& ln_weight,
     const Tensor& ln_bias, const Tensor& w_out, double eps) {
   constexpr char op[] = "router_score_backward";
-  const Router r = check(op, x, context, w_in, ln_weight, ln_bias, w_out, eps);
-  check_shape(op, "grad", grad, {r.B, r.N}, kPlace);
+  const RouterArguments checked = check_router_score(op, x, context, w_in, ln_weight, ln_bias, w_out, eps, kPlace);
+  check_shape(op, "grad", grad, {checked.B, checked.N}, kPlace);
   const Guard guard(op, x, grad, context, w_in, ln_weight, ln_bias, w_out);
+  const Router r = contiguous(op, checked, x, w_in, eps);
   const Tensor dense_grad = as_accumulate(op, "grad", grad, x);
   const bool empty = r.B * r.N == 0;
   const ScalarType acc = accumulate_type(x);

@@ -109,6 +109,8 @@ std::mutex launch_mutex;
 Random rng;
 uint64_t next_seed = 1, running_seed = 0;
 uint64_t total_threads = 0, total_launches = 0;
+std::map<std::string, uint64_t> kernel_launches;
+std::vector<std::tuple<std::string, uint64_t, uint64_t>> recent_launches;  // a few thousand at most
 const char* kernel_name = nullptr;
 const std::function<void()>* kernel_body = nullptr;
 LaunchView launch_view;
@@ -334,9 +336,13 @@ void set_seed(uint64_t seed) { next_seed = seed; }
 uint64_t seed() { return next_seed; }
 uint64_t threads_run() { return total_threads; }
 uint64_t launches_run() { return total_launches; }
+const std::map<std::string, uint64_t>& launches_by_kernel() { return kernel_launches; }
+std::vector<std::tuple<std::string, uint64_t, uint64_t>> take_launches() { return std::exchange(recent_launches, {}); }
 uint64_t garbage() { return rng.next(); }
 
-void launch(const char* kernel, Dim3 grid, Dim3 block, size_t dynamic_bytes, const std::function<void()>& body) {
+void launch(
+    const char* kernel, Dim3 grid, Dim3 block, size_t dynamic_bytes, const std::function<void()>& body,
+    const char* instance) {
   const std::lock_guard<std::mutex> lock(launch_mutex);
   kernel_name = kernel;
   running_seed = next_seed++;
@@ -353,7 +359,9 @@ void launch(const char* kernel, Dim3 grid, Dim3 block, size_t dynamic_bytes, con
   kernel_body = &body;
   failure = nullptr;
   scheduler = {};
-  total_threads += threads * count, ++total_launches;
+  total_threads += threads * count, ++total_launches, ++kernel_launches[kernel];
+  if (recent_launches.size() > 4096) recent_launches.clear();
+  recent_launches.emplace_back(instance, count, threads);
   race_new_launch();
 
   std::vector<uint32_t> order(count);

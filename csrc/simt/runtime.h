@@ -4,8 +4,11 @@
 #include <cstddef>
 #include <cstdint>
 #include <functional>
+#include <map>
 #include <stdexcept>
 #include <string>
+#include <tuple>
+#include <vector>
 
 namespace shiva::simt {
 
@@ -30,7 +33,10 @@ const LaunchView& this_launch();
 bool in_kernel();
 
 // Runs body once for every CUDA thread of the grid. Raises Error on misuse; the message names kernel and seed.
-void launch(const char* kernel, Dim3 grid, Dim3 block, size_t dynamic_shared_bytes, const std::function<void()>& body);
+// instance: a text that has the kernel's template arguments, for take_launches.
+void launch(
+    const char* kernel, Dim3 grid, Dim3 block, size_t dynamic_shared_bytes, const std::function<void()>& body,
+    const char* instance = "");
 
 // The seed of the next launches' schedules; each launch advances it. Printed in every Error.
 void set_seed(uint64_t seed);
@@ -38,6 +44,10 @@ uint64_t seed();
 // CUDA threads and launches simulated since the process began.
 uint64_t threads_run();
 uint64_t launches_run();
+// The same by kernel, under the name that its launcher wrote: "(name_kernel<...>)".
+const std::map<std::string, uint64_t>& launches_by_kernel();
+// (instance, blocks, threads a block) of the launches since the last call.
+std::vector<std::tuple<std::string, uint64_t, uint64_t>> take_launches();
 
 void* shared_memory(const void* site, size_t bytes, size_t alignment);
 void* dynamic_shared_memory();

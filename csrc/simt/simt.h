@@ -37,7 +37,7 @@
 #define SHIVA_DYNAMIC_SHARED(type, name) type* name = static_cast<type*>(::shiva::simt::dynamic_shared_memory())
 
 #define SHIVA_LAUNCH(kernel, grid, block, shared_bytes, stream, ...) \
-  ::shiva::simt::launch_kernel(#kernel, grid, block, shared_bytes, kernel, __VA_ARGS__)
+  ::shiva::simt::launch_kernel<kernel>(#kernel, grid, block, shared_bytes, __VA_ARGS__)
 
 struct alignas(16) uint4 {
   unsigned x, y, z, w;
@@ -48,11 +48,9 @@ struct alignas(8) uint2 {
 
 namespace shiva::simt {
 
-template <typename... Parameters, typename... Arguments>
-void launch_kernel(
-    const char* name, Dim3 grid, Dim3 block, size_t shared_bytes, void (*kernel)(Parameters...),
-    Arguments... arguments) {
-  launch(name, grid, block, shared_bytes, [=] { kernel(arguments...); });
+template <auto kKernel, typename... Arguments>
+void launch_kernel(const char* name, Dim3 grid, Dim3 block, size_t shared_bytes, Arguments... arguments) {
+  launch(name, grid, block, shared_bytes, [=] { kKernel(arguments...); }, __PRETTY_FUNCTION__);
 }
 
 // A value of up to 8 bytes that a lane offers to its warp, and what it gets back.

@@ -6,6 +6,7 @@ from gpu_cases import GPU, Case
 from ops.cases import LARGE, LAYOUTS, OPS, TYPICAL, Maker, forward_backward, lay_out, native, wide
 from ops.device import place
 from ops.matrix import same_bits
+from units import most_units, units_apart
 
 from shiva_ext import ops, reference
 
@@ -150,22 +151,6 @@ def test_topk_select_gives_the_indices_of_the_cpu(content, dtype, N):
             assert all(torch.equal(a, b.cpu()) for a, b in zip(here, there, strict=True)), (seed, k)
 
 
-# How far the two may differ, in units of the arithmetic's epsilon and of the largest number of a row. Both sum in
-# float32 (float64 for float64), each in its own order; a half precision adds one rounding of the result on each side.
-# router_score is held to the epsilon of its inputs, as the CPU may round the hidden units of half precisions.
-# The simulated kernels are within 4 units, and within 23 for router_score, whose gradients sum over all tokens.
-UNITS, ROUTER_UNITS = 16, 128
-
-
-def units_apart(got: torch.Tensor, wanted: torch.Tensor, eps: float) -> float:
-    """The largest distance in units of eps and of the row's largest number, less a rounding of each of the two."""
-    exact = wanted.double()
-    rounding = torch.finfo(got.dtype).eps * exact.abs() if got.dtype in (torch.bfloat16, torch.float16) else 0
-    distance = ((got.double() - exact).abs() - rounding).clamp_min(0)
-    largest = exact.abs().amax(dim=-1, keepdim=True)
-    return (distance / (eps * largest).clamp_min(torch.finfo(torch.float64).tiny)).max().item()
-
-
 @pytest.mark.parametrize("size", [TYPICAL, LARGE], ids=["typical", "large"])
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("key", [key for key in OPS if OPS[key].leaves])
@@ -181,7 +166,7 @@ def test_values_are_those_of_the_cpu_within_a_stated_distance(key, dtype, size):
             if exact:
                 assert same_bits(got, wanted)
             else:
-                assert units_apart(got, wanted, eps) <= (ROUTER_UNITS if op.name == "router_score" else UNITS)
+                assert units_apart(got, wanted, eps) <= most_units(op.name)
 
 
 # ---- memory

@@ -24,9 +24,8 @@ def compute_sanitizer() -> str | None:
 def sanitize(tool: str, script: Path) -> subprocess.CompletedProcess:
     program = compute_sanitizer()
     if program is None:
-        pytest.skip(
-            "no compute-sanitizer: it is part of the CUDA toolkit, and of `pip install nvidia-cuda-sanitizer-api`"
-        )
+        missing = "no compute-sanitizer: it is part of the CUDA toolkit, and of `pip install nvidia-cuda-sanitizer-api`"
+        (pytest.fail if os.environ.get("SHIVA_REQUIRE_CUDA") == "1" else pytest.skip)(missing)
     # Our kernels alone (their namespace in mangled names); calls that torch makes in vain are no concern of theirs.
     options = ["--tool", tool, "--kernel-name", "kns=5shiva4cuda", "--report-api-errors", "no", "--launch-timeout", "0"]
     # Each tensor in an allocation of its own: within torch's pools an access out of bounds would stay unnoticed.

@@ -94,6 +94,8 @@ class Maker:
             return value.masked_fill(chance < 0.05, float("nan"))
         if content == "inf":
             return torch.where(chance < 0.05, value.sign() * torch.inf, value)
+        if content == "spread":  # most pairs of soft_rank saturate
+            return value * 64
         if content == "equal":
             return torch.full(shape, 0.7, dtype=torch.float64)
         return value

@@ -6,7 +6,9 @@ seed, and ``SHIVA_SIMT_SEED`` starts there.
 """
 
 import importlib
+import json
 import os
+import re
 import sys
 from pathlib import Path
 
@@ -43,4 +45,11 @@ if VARIANT:
 def report() -> str:
     """How much was simulated, so that nobody takes a run of the CPU kernels for one of these."""
     module = sys.modules[f"_simt_{VARIANT}"]
-    return f"simulated CUDA ({VARIANT}): {module.launches_run()} launches, {module.threads_run()} threads"
+    counts: dict[str, int] = {}
+    for text, count in module.launches_by_kernel().items():
+        name = re.search(r"\w+_kernel", text)[0]
+        counts[name] = counts.get(name, 0) + count
+    return (
+        f"simulated CUDA ({VARIANT}): {module.launches_run()} launches, {module.threads_run()} threads\n"
+        f"launches, each in a schedule of its own: {json.dumps(counts)}"
+    )

@@ -192,6 +192,13 @@ def test_an_inclusion_in_half_precision_is_refused(op, api):
 
 
 @both
+@pytest.mark.parametrize("kappa", [-1.0, math.nan, math.inf])
+def test_a_curvature_that_is_negative_or_not_finite_is_refused(kappa, api):
+    arguments = arguments_of("counterfactual_scatter") | {"kappa": kappa}
+    assert_refused(api, "counterfactual_scatter", arguments, ("kappa",), f"{kappa:g}")
+
+
+@both
 @pytest.mark.parametrize("tau", [0.0, -0.5, math.nan])
 def test_a_temperature_that_is_not_positive_is_refused(tau, api):
     arguments = arguments_of("soft_rank") | {"tau": tau}

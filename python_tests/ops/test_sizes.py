@@ -5,14 +5,16 @@ import torch
 
 from shiva_ext import reference
 
+from .cases import OPS, Size
 from .device import place
+from .matrix import complaints
 
-FORMS = [256, 257, 1024, 1025, 4096, 4097, 16384, 16385, 32768, 32769, 50000]
+LENGTHS = [256, 257, 1024, 1025, 4096, 4097, 16384, 16385, 32768, 32769, 50000]
 
 
 @pytest.mark.parametrize("content", ["random", "ties", "digits"])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float64], ids=str)
-@pytest.mark.parametrize("N", FORMS)
+@pytest.mark.parametrize("N", LENGTHS)
 def test_topk_select_of_long_rows(N, dtype, content):
     generator = torch.Generator().manual_seed(N)
     scores = torch.randn(2, N, generator=generator, dtype=torch.float64)
@@ -27,3 +29,38 @@ def test_topk_select_of_long_rows(N, dtype, content):
         kept, rejected = (t.cpu() for t in torch.ops.shiva.topk_select(place(scores), k))
         wanted = reference.topk_select(scores, k)
         assert torch.equal(kept, wanted[0]) and torch.equal(rejected, wanted[1])
+
+
+# Where the CUDA kernels of an op take another form: lanes, warps or passes to a row, columns of a tile, sorted or not.
+FORMS = {
+    "gather_modulate": {
+        "a block to a row": Size(B=2, N=3, k=2, D=1536, H=1),
+        "a block to a row, no vectors": Size(B=2, N=3, k=2, D=1025, H=1),
+        "several passes": Size(B=1, N=2, k=1, D=16392, H=1),
+        "several passes, no vectors": Size(B=1, N=2, k=1, D=16385, H=1),
+    },
+    "router_score": {
+        "stages go round": Size(B=2, N=70, k=1, D=264, H=64),
+        "128 columns": Size(B=2, N=37, k=1, D=200, H=104),
+        "256 columns": Size(B=1, N=37, k=1, D=72, H=200),
+        "no tile holds the columns": Size(B=2, N=37, k=1, D=72, H=300),
+    },
+    "soft_rank": {
+        "sorted": Size(B=2, N=520, k=1, D=1, H=1),
+        "merged": Size(B=1, N=1100, k=1, D=1, H=1),
+        "merged twice": Size(B=1, N=2049, k=1, D=1, H=1),
+    },
+    "token_gather of a table": {"several chunks": Size(B=2, N=4100, k=70, D=3, H=1)},
+    "residual_gate": {"long rows": Size(B=2, N=5, k=3, D=1544, H=1)},
+    "counterfactual_scatter": {"long rows": Size(B=2, N=5, k=3, D=1544, H=1)},
+    "scatter_residual": {"long rows": Size(B=2, N=40, k=33, D=1544, H=1)},
+}
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16, torch.float64], ids=str)
+@pytest.mark.parametrize(("key", "form"), [(key, form) for key, forms in FORMS.items() for form in forms])
+def test_other_forms_equal_the_reference(key, form, dtype):
+    content = "spread" if key == "soft_rank" else "random"
+    for backward in (False, True) if OPS[key].leaves else (False,):
+        found = complaints(key, dtype, content, "contiguous", backward, {form: FORMS[key][form]})
+        assert not found, "\n".join(found)

@@ -1,7 +1,8 @@
 """A pytest plugin that runs the collected tests on one woven build, once for every mutant in it. For mutate.py.
 
 Tests are collected once; each mutant then gets a forked process. First every test runs without a mutant, and its time
-and the mutants' places that it came by are noted: a mutant is judged only by the tests that come by it, quickest first.
+and the mutants' places that it came by are noted: a mutant is judged by tests that come by it: the quickest of those
+that differ in their dtype only, then the next, as many as take MOST_TIME together (what gets by counts as a survivor).
 
 ``SHIVA_MUTATION`` names a JSON file: {"module": of the woven build, "total": mutants in it, "coverage": file with the
 first run's notes, written if absent, "mutants": [[number, key], ...], "verdicts": file to add lines of JSON to}.
@@ -11,11 +12,13 @@ import ctypes
 import json
 import mmap
 import os
+import re
 import signal
 import time
 from pathlib import Path
 
 LEAST_TIME, SLOWER = 20, 20  # a test may take SLOWER times what it took, and LEAST_TIME seconds at least
+MOST_TIME = 20  # seconds that the tests of one mutant take without it
 
 
 class Build:
@@ -82,10 +85,29 @@ def observe(session, build: Build, file: Path) -> dict:
     return json.loads(file.read_text())
 
 
+def without_dtype(name: str) -> str:
+    return re.sub(r"torch\.\w+", "", name)
+
+
+def affordable(tests: dict) -> list:
+    """The tests that a mutant gets. tests: {test: (the group it is of, its seconds)}"""
+    turns: dict[str, int] = {}
+    order = []
+    for test, (group, seconds) in sorted(tests.items(), key=lambda entry: entry[1][1]):
+        turns[group] = turns.get(group, 0) + 1
+        order.append((turns[group], seconds, len(order), test))
+    chosen, spent = [], 0.0
+    for _, seconds, _, test in sorted(order, key=lambda entry: entry[:3]):
+        if spent + seconds <= MOST_TIME:
+            spent += seconds
+            chosen.append(test)
+    return chosen
+
+
 def judge(session, build: Build, number: int, notes: dict) -> dict:
     """{"killed": bool, "tests": how many came by the mutant, "by": the test that failed}"""
-    chosen = [item for item in session.items if number in notes[item.nodeid][1]]
-    chosen.sort(key=lambda item: notes[item.nodeid][0])
+    reached = [item for item in session.items if number in notes[item.nodeid][1]]
+    chosen = affordable({item: (without_dtype(item.nodeid), notes[item.nodeid][0]) for item in reached})
     progress = mmap.mmap(-1, 8)
 
     def body() -> int:
@@ -99,7 +121,7 @@ def judge(session, build: Build, number: int, notes: dict) -> dict:
 
     killed = bool(chosen) and in_child(body) != 0
     by = chosen[int.from_bytes(progress[:], "little")].nodeid.split("::")[-1] if killed else ""
-    return {"killed": killed, "tests": len(chosen), "by": by}
+    return {"killed": killed, "tests": len(reached), "by": by}
 
 
 def pytest_runtestloop(session) -> bool:

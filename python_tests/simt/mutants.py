@@ -5,6 +5,7 @@ Every mutant is an edit that a run-time number switches on, so that one build ho
     __syncthreads();      ->  (SHIVA_MUTANT(1) ? (void)0 : __syncthreads());
     if (i < n && ok)      ->  if (SHIVA_MUTANT(2) || (i < SHIVA_BOUND(3) > n && (SHIVA_MUTANT(4) || (ok))))
     x[i]                  ->  x[(i) + SHIVA_MUTANT(5)]
+    T* p = x + row;       ->  T* p = x + row + SHIVA_MUTANT(5);
     i < n ? x : 0         ->  (SHIVA_MUTANT(6) || (i < SHIVA_BOUND(7) > n)) ? x : 0
 
 A bound's edit turns < into <= and so on. clang-format puts spaces around a comparison and none inside template
@@ -66,12 +67,15 @@ KINDS = {" < ": "Less", " <= ": "LessEqual", " > ": "Greater", " >= ": "GreaterE
 OPPOSITE = {" < ": " <= ", " <= ": " < ", " > ": " >= ", " >= ": " > "}
 CALL = re.compile(r"\b(?:__syncthreads|__syncwarp|wait_\w+|commit_\w+)(?:<[^;<>]*>)?\([^;()]*\)(?=;)")
 SKIP = re.compile(
-    r"^\s*(?:#|template|using|namespace|struct|enum|static_assert|(?:static )?constexpr|asm|SHIVA_SHARED|SHIVA_DYNAMIC)"
+    r"^\s*(?:#|template|__global__|using|namespace|struct|enum|static_assert|(?:static )?constexpr|asm|SHIVA_SHARED"
+    r"|SHIVA_DYNAMIC)"
 )
 DECLARED_ARRAY = re.compile(
     r"^\s*(?!return |else )(?:const |static )*[\w:]+(?:<[^;=]*>)?[ &*]+\w+(?:\[[^\]]*\])+(?: = .*)?[;,]"
 )
+POINTER = re.compile(r"[\w>]\* (?:__restrict__ )?(\w+)\b")  # a declaration; a product has a space before its star
 DECLARED_PARAMETER = re.compile(r"\(&\w+\)(?:\[[^\]]*\])+$")  # T (&sums)[kSide]
+BEFORE_CONDITION = re.compile(r"(?:[^=!<>]= |return |, |: |\? |<< )$")  # also +=, but not ==
 OPENING, CLOSING = "([{", ")]}"
 
 
@@ -118,7 +122,7 @@ def _beginning(code: str, end: int) -> int:
         if depth == 0:
             if code[at] in OPENING:
                 return at + 1
-            if code.endswith((" = ", "return ", ", ", ": ", "? ", "<< "), 0, at + 1):
+            if BEFORE_CONDITION.search(code, 0, at + 1):
                 return at + 1
         depth += (code[at] in CLOSING) - (code[at] in OPENING)
     return len(code) - len(code.lstrip())
@@ -128,7 +132,7 @@ def _always(start: int, end: int) -> tuple[tuple[int, int, str], ...]:
     return (start, 0, "(SHIVA_MUTANT({n}) || ("), (end, 0, "))")
 
 
-def _places(code: str) -> Iterator[tuple[str, str, tuple[tuple[int, int, str], ...]]]:
+def _places(code: str, pointers: set[str]) -> Iterator[tuple[str, str, tuple[tuple[int, int, str], ...]]]:
     """(rule, change, edits) of one line."""
     for match in CALL.finditer(code):
         edits = (match.start(), 0, "(SHIVA_MUTANT({n}) ? (void)0 : "), (match.end(), 0, ")")
@@ -148,6 +152,8 @@ def _places(code: str) -> Iterator[tuple[str, str, tuple[tuple[int, int, str], .
         yield "guard", f"no {code[match.end() : end]}", _always(match.end(), end)
     for match in re.finditer(r" \? ", code):
         start = _beginning(code, match.start())
+        if code.startswith("sizeof(", start):  # chosen by the compiler
+            continue
         yield "guard", f"always {code[start : match.start()]}", _always(start, match.start())
     if not DECLARED_ARRAY.search(code):
         for match in re.finditer(r"(?<=[\w\]])\[", code):
@@ -156,12 +162,23 @@ def _places(code: str) -> Iterator[tuple[str, str, tuple[tuple[int, int, str], .
                 inside = code[match.end() : end]
                 edits = (match.end(), 0, "("), (end, 0, ") + SHIVA_MUTANT({n})")
                 yield "index", f"[{inside}] + 1 at {match.start()}", edits
+    for match in re.finditer(r"(?<![\w.>])(?:\w+\.)?(\w+) \+=? ", code):
+        if match[1] in pointers:
+            end = _closing(code, match.end(), (";", ", ", " ? ", " : "))
+            yield "index", f"{code[match.start() : end]} + 1 at {match.start()}", ((end, 0, " + SHIVA_MUTANT({n})"),)
+    for match in re.finditer(r"\bat<\w+>\([^;]*", code):
+        start = match.start() + match[0].index("(") + 1
+        end = _closing(code, start, ())
+        if end < len(code):
+            yield "index", f"at({code[start:end]} + 1) at {start}", ((end, 0, " + SHIVA_MUTANT({n})"),)
 
 
 def mutants_of(file: Path) -> list[Mutant]:
     """All mutants of a source, except of code that the simulator's build leaves out."""
     found, seen, simulated, in_macro = [], {}, [True], False
-    for number, text in enumerate(file.read_text().splitlines(), 1):
+    lines = file.read_text().splitlines()
+    pointers = {name for text in lines for name in POINTER.findall(text.split("//")[0])}
+    for number, text in enumerate(lines, 1):
         continues, in_macro = in_macro, text.endswith("\\")
         directive = text.strip()
         if directive.startswith("#if"):
@@ -176,7 +193,7 @@ def mutants_of(file: Path) -> list[Mutant]:
         code = re.sub(r'"[^"]*"', lambda m: '"' + "." * (len(m[0]) - 2) + '"', text).split("//")[0].rstrip()
         if continues or not code or SKIP.search(code) or "if constexpr" in code or not all(simulated):
             continue
-        for rule, change, edits in _places(code):
+        for rule, change, edits in _places(code, pointers):
             # The same line may stand in several kernels: they are told apart by how often it came before.
             key = code.strip(), rule, change
             seen[key] = seen.get(key, 0) + 1
@@ -192,7 +209,7 @@ def weave(text: str, numbered: list[tuple[int, Mutant]]) -> str:
         width = mutant.edits[-1][0] - mutant.edits[0][0]
         for part, (column, length, new) in enumerate(mutant.edits):
             # Of insertions at one column: closings come first, the inner one ahead; then openings, the outer one ahead.
-            opens = part == 0
+            opens = part == 0 and len(mutant.edits) > 1
             order = (column, opens, -width if opens else width)
             by_line.setdefault(mutant.line, []).append((order, column, length, new.replace("{n}", str(number))))
     for line, edits in by_line.items():

@@ -2,9 +2,9 @@
 
 Each barrier, guard, bound and index expression is a mutant (mutants.py). All of them are woven into one source, built
 three times (plain, ASan and UBSan, race detector), and switched on one by one in forks of a pytest process (judge.py).
-A mutant that the first build does not kill goes to the next. The survivors must be explained in survivors.json beside
-this file: {"<mutant id>": "<why no test can tell>"}. Verdicts are kept in build/mutate under a hash of all that they
-depend on, so that a run can be interrupted and goes on.
+A mutant that the first build does not kill goes to the next. The survivors, and mutants that do not compile, must be
+explained in survivors.json beside this file: {"<mutant id>": "<why no test can tell>"}. Verdicts are kept in
+build/mutate under a hash of all that they depend on, so that a run can be interrupted and goes on.
 
     python -m python_tests.simt.mutate [--only topk_select] [--jobs 2] [--limit N] [--list] [--report FILE]
 """
@@ -51,9 +51,10 @@ def context(file: Path) -> str:
     """Changes when a verdict might: with the file, what it includes, the simulator and the tests."""
     digest = hashlib.sha256()
     files = [CUDA / name for name in sorted(included(file))]
-    files += sorted([*(ROOT / "csrc" / "simt").glob("*"), *(ROOT / "python_tests" / "ops").glob("*.py")])
-    for each in files:
+    files += [path for folder in ("csrc/simt", "csrc/core", "python_tests/ops") for path in (ROOT / folder).glob("*.*")]
+    for each in sorted([*files, *(ROOT / "csrc").glob("*.*")]):
         digest.update(each.read_bytes())
+    digest.update(json.dumps(SELECTIONS).encode())
     return digest.hexdigest()[:10]
 
 
@@ -114,13 +115,14 @@ class Woven:
         while True:
             with ThreadPoolExecutor(self.jobs) as pool:
                 done = list(pool.map(lambda c: self._compile(variant, *c), commands))
-            errors = "\n".join(error for _, error in done)
+            errors = "\n".join(error for _, error in done if error)
             if not errors:
                 break
             places = set(re.findall(r"/cuda/([\w.]+):(\d+):\d+: error", errors))
             refused = {n for n, m in enumerate(self.mutants) if (m.file, str(m.line)) in places} - self.refused
             if not refused:
-                sys.exit(f"mutate: the woven sources do not compile:\n{errors[-3000:]}")
+                lines = [line for line in errors.splitlines() if "error" in line]
+                sys.exit("\n".join(["mutate: the woven sources do not compile:", *lines[:20]]))
             print(f"{len(refused)} mutants on {len(places)} lines do not compile", flush=True)
             self.refused |= refused
             with open(REFUSED, "a") as file:
@@ -181,6 +183,8 @@ def report(mutants: list[Mutant], keys: list[str], refused: set[int], file: Path
     survivors, unjudged = [], 0
     for number, (mutant, key) in enumerate(zip(mutants, keys, strict=True)):
         if number in refused:
+            if mutant.id not in explained:
+                print(f"DOES NOT COMPILE {mutant.id} {mutant}")
             continue
         killer = next((v for v in SELECTIONS if verdicts[v].get(key, {}).get("killed")), None)
         if killer:
@@ -202,6 +206,7 @@ def report(mutants: list[Mutant], keys: list[str], refused: set[int], file: Path
     if file:
         found = {"killed": killed, "survived": len(survivors), "share": share, "not_compiling": len(refused)}
         file.write_text(json.dumps(found | {"command": "make mutate"}, indent=1) + "\n")
+    unexplained += sum(mutants[number].id not in explained for number in refused)
     return 1 if unexplained or unjudged or share < WANTED else 0
 
 

@@ -5,6 +5,7 @@ import subprocess
 
 import pytest
 
+from .judge import MOST_TIME, affordable, without_dtype
 from .mutants import HEADER, STORAGE, mutants_of, weave
 
 SOURCE = """\
@@ -30,7 +31,13 @@ inline int both(const int* x, int i, int n) {
 inline int declared(const int (&pairs)[2][3], int i) {
   const bool both = i == 1 &&
                     pairs[0][2] == 2;
-  return both == true ? 1 : 0;
+  int count = sizeof(int) == 8 ? 5 : 0;
+  count += both == true ? 1 : 0;
+  return count;
+}
+inline int moved(const int* rows, int i) {
+  const int* row = rows + 2 * i;
+  return (row += 1) - rows;
 }
 """
 MAIN = """
@@ -43,7 +50,7 @@ int main(int, char** arguments) {
   for (int i = -1; i < 5; ++i) std::printf("%d ", both(x, i, 3));
   const int pairs[2][3] = {{0, 1, 2}, {7, 8, 9}};
   std::printf("%d|%d", clamp(x, 0, 0), calls);
-  for (int i = 0; i < 2; ++i) std::printf(" %d", declared(pairs, i));
+  for (int i = 0; i < 2; ++i) std::printf(" %d", declared(pairs, i) + moved(x, i));
 }
 """
 
@@ -72,7 +79,9 @@ def test_each_kind_of_mistake_is_found_and_nothing_else(file):
             (18, "index", "[0] + 1"),
             (22, "index", "[0] + 1"),
             (22, "index", "[2] + 1"),
-            (23, "guard", "always both == true"),
+            (24, "guard", "always both == true"),
+            (28, "index", "rows + 2 * i + 1"),
+            (29, "index", "row += 1 + 1"),
         ]
     )
 
@@ -114,11 +123,17 @@ def test_each_number_switches_on_its_own_mistake(file, tmp_path):
         "[n - 1] + 1": "91 10 20 30 91 91 -1|6",
         "no __syncthreads()": "30 10 20 30 30 30 -1|0",
     }
-    unchanged = "30 10 20 30 30 30 -1|6 0 1"
+    unchanged = "30 10 20 30 30 30 -1|6 1 4"
     assert output(-1) == unchanged
     for number, mutant in enumerate(mutants):
         change = mutant.change.split(" at ")[0]
         if change in expected:
-            assert output(number) == expected[change] + " 0 1", str(mutant)
+            assert output(number) == expected[change] + " 1 4", str(mutant)
         else:  # the arrays' and the last function's
             assert output(number) != unchanged, str(mutant)
+
+
+def test_a_mutant_gets_the_quickest_tests_of_every_group_within_the_time():
+    tests = {"a1": ("a", 0.1), "a2": ("a", 0.2), "b1": ("b", 3.0), "c1": ("c", MOST_TIME), "a3": ("a", 0.3)}
+    assert affordable(tests) == ["a1", "b1", "a2", "a3"]
+    assert without_dtype("test_x[a-torch.float16-b]") == without_dtype("test_x[a-torch.float32-b]") != "test_x[a-b]"

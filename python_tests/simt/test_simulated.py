@@ -4,6 +4,7 @@ Each build needs a process of its own, as its kernels take the place of the CPU'
 """
 
 import importlib.machinery
+import json
 import os
 import re
 import subprocess
@@ -14,21 +15,40 @@ import pytest
 
 ROOT = Path(__file__).parents[2]
 BUILD = Path(os.environ.get("SHIVA_SIMT_DIR") or ROOT / "build" / "simt")
+LEAST_SCHEDULES = 20  # of each kernel in each build
 # Whether the slow builds run every case too.
 NIGHTLY = os.environ.get("SHIVA_NIGHTLY") == "1"
 
-MATRIX, SIZES = "python_tests/ops/test_matrix.py", "python_tests/ops/test_sizes.py"
+MATRIX, SIZES, INPLACE = (f"python_tests/ops/test_{name}.py" for name in ("matrix", "sizes", "inplace"))
 PLAIN = [
     MATRIX,
     SIZES,
-    *(f"python_tests/ops/test_{name}.py" for name in ("errors", "gradients", "properties", "inplace")),
+    INPLACE,
+    *(f"python_tests/ops/test_{name}.py" for name in ("errors", "gradients", "properties", "determinism")),
+    "python_tests/simt/test_geometry.py",
 ]
 # Out-of-bounds accesses and races hang on sizes and strides, hardly on values: the slow builds see a part of the cases.
+SLOW = "in_place_writes or rare or digits or 32769 or 50000 or forms"
 SELECTIONS = {
     "plain": (PLAIN, ""),
-    "asan": ([MATRIX, SIZES], "rare or digits or ((random or nan) and (contiguous or sliced) and not large)"),
-    "race": ([MATRIX, SIZES], "rare or digits or (random and (contiguous or sliced) and not large)"),
+    "asan": ([MATRIX, SIZES, INPLACE], f"{SLOW} or ((random or nan) and (contiguous or sliced) and not large)"),
+    "race": ([MATRIX, SIZES, INPLACE], f"{SLOW} or (random and (contiguous or sliced) and not large)"),
 }
+
+
+def load_simulated():
+    """The module of the simulated kernels, torch.ops.shiva_simt: the build of SHIVA_SIMT, by default the plain one."""
+    name = f"_simt_{os.environ.get('SHIVA_SIMT') or 'plain'}"
+    if not any((BUILD / f"{name}{suffix}").is_file() for suffix in importlib.machinery.EXTENSION_SUFFIXES):
+        pytest.skip(f"the simulated kernels are not built in {BUILD}: run `make simt`")
+    sys.path.insert(0, str(BUILD))
+    return importlib.import_module(name)
+
+
+def kernels_of_the_sources() -> set[str]:
+    """Names of all __global__ functions in csrc/cuda."""
+    text = "".join(path.read_text() for path in (ROOT / "csrc" / "cuda").glob("*.cuh"))
+    return set(re.findall(r"__global__[^;{]*?\b(\w+_kernel)\(", text))
 
 
 def compiler_library(name: str) -> str:
@@ -59,5 +79,8 @@ def test_the_ops_tests_pass_on_simulated_cuda_kernels(variant):
     done = run_ops_tests(variant)
     passed = re.search(r"(\d+) passed", done.stdout)
     assert done.returncode == 0 and passed, f"{done.stdout[-4000:]}\n{done.stderr[-2000:]}"
-    launches = re.search(r"simulated CUDA \((\w+)\): (\d+) launches", done.stdout)
-    assert launches[1] == variant and int(launches[2]) > 1000 and int(passed[1]) > 100
+    assert re.search(r"simulated CUDA \((\w+)\)", done.stdout)[1] == variant and int(passed[1]) > 100
+    counts = json.loads(re.search(r"schedule of its own: (\{.*\})", done.stdout)[1])
+    assert set(counts) == kernels_of_the_sources()
+    seldom = {name: count for name, count in counts.items() if count < LEAST_SCHEDULES}
+    assert not seldom, f"launched fewer than {LEAST_SCHEDULES} times under {variant}"
