@@ -22,13 +22,16 @@ from pathlib import Path
 
 BUDGET = Path(__file__).with_name("cuda_budget.json")
 ARCHITECTURES = (75, 80, 86, 89, 90, 100, 120)
+# Kernels in their form for 16-byte accesses, by pattern of their name.
+COPIES = r"(token_gather|token_scatter|residual_gate|zero_absent_rows)(_in_place|_backward)?_kernel<uint4"
+PACKS = r"(residual_gate|counterfactual_scatter|token_gather_table)_backward_kernel<Pack<\w+, [248]>"
+MODULATE = r"(gather_modulate|scatter_residual)(_backward)?(_wide)?_kernel<\w+, [248]\b"
 # (pattern of the kernel's name, oldest architecture, instruction that must appear)
-COPIES = r"(token_gather|token_scatter(_in_place|_backward)?|residual_gate)_kernel<uint4"
 PROMISES = [
-    (COPIES, 75, "LDG.E.128"),
+    (r"token_(gather|scatter)(_in_place|_backward)?_kernel<uint4", 75, "LDG.E.128"),
+    (r"residual_gate_kernel<uint4", 75, "LDG.E.128"),
     (COPIES, 75, "STG.E.128"),
-    (r"(gather_modulate|scatter_residual)_kernel<(bf16|f16|float|double), [248]\b", 75, "LDG.E.128"),
-    (r"(gather_modulate|scatter_residual)_kernel<(bf16|f16|float|double), [248]\b", 75, "STG.E.128"),
+    *((pattern, 75, opcode) for pattern in (PACKS, MODULATE) for opcode in ("LDG.E.128", "STG.E.128")),
     (r"router_\w+_kernel<MmaProduct<f16", 75, "HMMA"),
     (r"router_\w+_kernel<MmaProduct<bf16", 80, "HMMA"),
 ]
@@ -114,6 +117,8 @@ def check_code(library: Path, wanted: tuple[int, ...]) -> tuple[dict[str, dict[s
         name = names[symbol]
         measured.setdefault(name, {})[str(architecture)] = [use["REG"], use["SHARED"]]
         code = opcodes.get((symbol, architecture), set())
+        if not code:
+            complaints.append(f"{name}, sm_{architecture}: its machine code was not found")
         local = sorted(opcode for opcode in code if re.match(r"(LDL|STL)\b", opcode))
         if use["STACK"] or use["LOCAL"] or local:
             complaints.append(f"{name}, sm_{architecture}: {use['STACK']} bytes of stack, {local}; wanted none")
@@ -128,7 +133,8 @@ def check_code(library: Path, wanted: tuple[int, ...]) -> tuple[dict[str, dict[s
 
 def over_budget(measured: dict[str, dict[str, list[int]]]) -> list[str]:
     """What uses more registers or shared memory than it did."""
-    budget, complaints = json.loads(BUDGET.read_text()), []
+    budget = json.loads(BUDGET.read_text())
+    complaints = [f"{name}: in {BUDGET.name}, but not in the library" for name in budget if name not in measured]
     for name, by_arch in measured.items():
         for architecture, (registers, shared) in by_arch.items():
             allowed = budget.get(name, {}).get(architecture)

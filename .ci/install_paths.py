@@ -2,10 +2,12 @@
 
 * source archive, build isolation, torch not there before
 * source archive, --no-build-isolation, torch there before
-* checkout, editable, --no-build-isolation
 * wheel
+* checkout, editable, build isolation, torch not there before
 
-    python .ci/install_paths.py [--torch torch==2.13.0]
+`make build` is a fifth: checkout, editable, --no-build-isolation.
+
+    python .ci/install_paths.py [--torch torch==2.13.0] [--keep-wheel FOLDER]
 """
 
 import argparse
@@ -29,15 +31,24 @@ print(f"torch {torch.__version__}, {shiva_ext.__file__}")
 BUILD_TOOLS = ("scikit-build-core>=0.10", "pybind11>=2.13", "cmake", "ninja", "numpy")
 
 
-def environment_without_nvcc() -> dict[str, str]:
-    """Also without what would make CMake find a toolkit elsewhere."""
-    folders = [f for f in os.environ["PATH"].split(os.pathsep) if not (Path(f) / "nvcc").exists()]
+def environment_without_nvcc(work: Path) -> dict[str, str]:
+    """Also without what leads CMake to a toolkit elsewhere. Links to its other files replace a folder with nvcc."""
+    folders = os.environ["PATH"].split(os.pathsep)
+    for number, folder in enumerate(folders):
+        if (Path(folder) / "nvcc").exists():
+            folders[number] = str(work / f"path{number}")
+            Path(folders[number]).mkdir()
+            for program in Path(folder).iterdir():
+                if program.name != "nvcc":
+                    (Path(folders[number]) / program.name).symlink_to(program)
     hidden = {name: value for name, value in os.environ.items() if not name.startswith(("CUDA", "NVCC", "SHIVA"))}
-    return hidden | {"PATH": os.pathsep.join(folders), "SHIVA_WITH_CUDA": "OFF"}
+    return hidden | {"PATH": os.pathsep.join(folders)}
+
+
+environment: dict[str, str] = {}
 
 
 def run(*command: object, cwd: Path = ROOT) -> str:
-    environment = environment_without_nvcc()
     done = subprocess.run([str(c) for c in command], cwd=cwd, env=environment, capture_output=True, text=True)
     if done.returncode:
         sys.exit(f"install_paths: {' '.join(map(str, command))} failed:\n{(done.stdout + done.stderr)[-5000:]}")
@@ -61,9 +72,11 @@ class Environment:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--torch", default="torch==2.13.0")
+    parser.add_argument("--keep-wheel", type=Path, help="folder for the wheel built on the way")
     args = parser.parse_args()
     with tempfile.TemporaryDirectory() as temporary:
         work = Path(temporary)
+        environment.update(environment_without_nvcc(work))
         tools = Environment(work / "tools")
         tools.install(args.torch, *BUILD_TOOLS, "build")
         dist = work / "dist"
@@ -82,14 +95,18 @@ def main() -> None:
 
         run(tools.python, "-m", "pip", "wheel", "-q", "--no-deps", "--no-build-isolation", "-w", dist, archive)
         (wheel,) = dist.glob("*.whl")
+        if args.keep_wheel:
+            args.keep_wheel.mkdir(parents=True, exist_ok=True)
+            shutil.copy(wheel, args.keep_wheel)
         tools.install("--no-deps", wheel)
         print("wheel:", tools.attempt(), flush=True)
         run(tools.python, "-m", "pip", "uninstall", "--quiet", "--yes", "shiva_ext")
 
         checkout = work / "checkout"  # a copy: an editable install leaves its build folder there
         shutil.copytree(ROOT, checkout, ignore=shutil.ignore_patterns(".git", ".venv", "build", "dist", "*.so"))
-        tools.install("--no-build-isolation", "--no-deps", "--editable", checkout)
-        print("checkout, editable:", tools.attempt(), flush=True)
+        editable = Environment(work / "editable")
+        editable.install("--editable", checkout, args.torch)
+        print("checkout, editable, build isolation:", editable.attempt(), flush=True)
 
 
 if __name__ == "__main__":

@@ -66,7 +66,7 @@ def build(label: str) -> Path:
         labelled = relabel(raw, label, Path(temporary))
         before = set(DIST.glob("*.whl"))
         for old in before:
-            if f"+{label}-" in old.name:
+            if f"+{label}-cp{sys.version_info.major}{sys.version_info.minor}-" in old.name:
                 old.unlink()
         before = set(DIST.glob("*.whl"))
         excluded = [part for name in EXCLUDED for part in ("--exclude", name)]
