@@ -1,17 +1,18 @@
 # Two commands do everything: `make demo` and `make test`. Both first make .venv with all that is needed.
 PYTHON ?= python3
-# A CPU build serves the demo and the tests; any torch >= 2.10 works, e.g. TORCH="torch==2.14.1".
-TORCH ?= torch==2.13.0
-# The CUDA kernels take long to compile and a CPU torch cannot use them: AUTO or ON builds them, and so does
-# SHIVA_REQUIRE_CUDA=1, for the tests of a machine with a GPU (with TORCH set to a CUDA build of torch).
-SHIVA_WITH_CUDA ?= $(if $(filter 1,$(SHIVA_REQUIRE_CUDA)),ON,OFF)
 VENV := .venv
+# A CPU build serves the demo and the tests; any torch >= 2.10 works, e.g. TORCH="torch==2.14.1". Kept for later calls.
+TORCH ?= $(or $(shell cat $(VENV)/.torch 2>/dev/null),torch==2.13.0)
+# The CUDA kernels take long to compile and a CPU torch cannot use them: AUTO or ON builds them, and so do bench-gpu and
+# SHIVA_REQUIRE_CUDA=1, for a machine with a GPU (with TORCH set to a CUDA build of torch). Kept for later calls.
+SHIVA_WITH_CUDA ?= $(if $(filter 1,$(SHIVA_REQUIRE_CUDA))$(filter bench-gpu,$(MAKECMDGOALS)),ON,$(or $(shell \
+	cat $(VENV)/.with_cuda 2>/dev/null),OFF))
 BIN := $(VENV)/bin
 READY := $(VENV)/.ready
 SIMT := build/simt/.ready
 SOURCES := $(shell find csrc cmake -type f) CMakeLists.txt pyproject.toml
 
-.PHONY: demo test build simt lint format wheels index mutate bench-gpu clean
+.PHONY: demo test build simt lint format wheels index mutate bench-gpu clean always
 .DEFAULT_GOAL := build
 
 demo: build
@@ -24,7 +25,13 @@ test: build simt
 
 build: $(READY)
 
-$(VENV)/.deps: pyproject.toml
+# Files with a setting in them, written anew only when it is another one: what depends on it is then made again.
+$(VENV)/.torch: always
+	@mkdir -p $(VENV) && echo "$(TORCH)" | cmp -s - $@ || echo "$(TORCH)" > $@
+$(VENV)/.with_cuda: always
+	@mkdir -p $(VENV) && echo "$(SHIVA_WITH_CUDA)" | cmp -s - $@ || echo "$(SHIVA_WITH_CUDA)" > $@
+
+$(VENV)/.deps: pyproject.toml $(VENV)/.torch
 	@echo "== setting up $(VENV) (the first time takes a few minutes) =="
 	$(PYTHON) -m venv $(VENV) || (echo "python3 -m venv failed; on Debian: apt-get install python3-venv" && false)
 	$(BIN)/python -m pip install --quiet --upgrade pip
@@ -34,8 +41,8 @@ $(VENV)/.deps: pyproject.toml
 	$(BIN)/python -m pip install --quiet "scikit-build-core>=0.10" "pybind11>=2.13" cmake ninja numpy
 	@touch $@
 
-$(READY): $(VENV)/.deps $(SOURCES)
-	@echo "== compiling and installing shiva_ext =="
+$(READY): $(VENV)/.deps $(VENV)/.with_cuda $(SOURCES)
+	@echo "== compiling and installing shiva_ext (CUDA kernels: $(SHIVA_WITH_CUDA)) =="
 	$(BIN)/python -m pip install --quiet --no-build-isolation --editable ".[test]" \
 		--config-settings=cmake.define.SHIVA_WITH_CUDA=$(SHIVA_WITH_CUDA)
 	@touch $@
@@ -76,7 +83,7 @@ index:
 mutate: build simt
 	PYTHONPATH=. $(BIN)/python -m python_tests.simt.mutate
 
-# On a machine with a GPU (and TORCH set to a CUDA build of torch, SHIVA_WITH_CUDA=ON).
+# On a machine with a GPU, and TORCH set to a CUDA build of torch.
 bench-gpu: build
 	$(BIN)/python benchmarks/gpu_ops.py
 

@@ -16,13 +16,15 @@ from collections.abc import Callable
 from pathlib import Path
 
 import torch
+from rich.console import Console
+from rich.table import Table
 from roofline import GPUS, costs
 
 from shiva_ext import reference
 
 REPEATS, WARM_UP = 50, 10
 TAU, EPS, KAPPA = 0.2, 1e-6, 0.1
-COPIES = ("token_gather", "token_scatter", "residual_gate", "counterfactual_scatter")
+COPIES = ("token_gather", "token_scatter", "token_scatter_", "residual_gate", "counterfactual_scatter")
 
 
 def median_seconds(call: Callable[[], object], scratch: torch.Tensor) -> float:
@@ -56,6 +58,7 @@ def make_arguments(B: int, N: int, D: int, k: int, H: int, dtype: torch.dtype) -
         "soft_rank": (scores, TAU),
         "token_gather": (x, kept),
         "token_scatter": (x, kept, random(B, k, D)),
+        "token_scatter_": (x.clone(), kept, random(B, k, D)),
         "residual_gate": (x, pi, kept),
         "counterfactual_scatter": (x, kept, random(B, k, D), pi, random(B, N, D), KAPPA),
         "router_score": (x, random(B, H, dtype=torch.float32), *weights, EPS),
@@ -68,8 +71,30 @@ def tensors(result) -> list[torch.Tensor]:
     return list(result) if isinstance(result, (tuple, list)) else [result]
 
 
+def print_rows(rows: list[dict]) -> None:
+    table = Table(
+        "op", "measured, us", "predicted, at least", "measured / predicted", "torch", "best rival", "torch / ours"
+    )
+    for row in rows:
+        others, predicted = dict(row["others_us"]), row["predicted_us"]
+        plain = others.pop("torch")
+        best = min(others.items(), key=lambda item: item[1], default=None)
+        table.add_row(
+            row["op"],
+            f"{row['measured_us']:.1f}",
+            f"{predicted:.1f}" if predicted else "-",
+            f"{row['measured_us'] / predicted:.2f}" if predicted else "-",
+            f"{plain:.1f}",
+            f"{best[0]} {best[1]:.1f}" if best else "-",
+            f"{plain / row['measured_us']:.1f}",
+        )
+    Console(width=150).print(table)
+
+
 def backward_call(function: Callable, arguments: tuple) -> Callable[[], object] | None:
-    """The backward pass of an op alone, as autograd runs it."""
+    """The backward pass of an op alone, as autograd runs it; None if it has none."""
+    if function in (torch.ops.shiva.token_scatter_, reference.token_scatter_):
+        return None
     leaves = [a.detach().requires_grad_() if torch.is_tensor(a) and a.is_floating_point() else a for a in arguments]
     outputs = [t for t in tensors(function(*leaves)) if t.requires_grad]
     wanted = [a for a in leaves if torch.is_tensor(a) and a.requires_grad]
@@ -98,9 +123,9 @@ def rivals(name: str, arguments: tuple) -> dict[str, Callable[[], object]]:
 def check(name: str, arguments: tuple) -> None:
     """Exit unless the op equals the reference in float64, or exactly for indices."""
     wide = [a.double() if torch.is_tensor(a) and a.is_floating_point() else a for a in arguments]
-    for got, exact in zip(
-        tensors(getattr(torch.ops.shiva, name)(*arguments)), tensors(getattr(reference, name)(*wide)), strict=True
-    ):
+    result = getattr(torch.ops.shiva, name)(*arguments)
+    result = arguments[0] if result is None else result  # the op works in place
+    for got, exact in zip(tensors(result), tensors(getattr(reference, name)(*wide)), strict=True):
         exactly = name in COPIES or not got.is_floating_point()
         bound = 0 if exactly else 16 * max(torch.finfo(arguments[0].dtype).eps, 1e-5)
         error = (got.double() - exact.double()).abs().max().item() / max(exact.double().abs().max().item(), 1)
@@ -137,7 +162,14 @@ def main() -> int:
         op = getattr(torch.ops.shiva, name)
         calls = {name: ((lambda op=op, a=arguments: op(*a)), rivals(name, arguments))}
         if (backward := backward_call(op, arguments)) is not None:
-            calls[f"{name} backward"] = (backward, {"torch": backward_call(getattr(reference, name), arguments)})
+            eager = getattr(reference, name)
+            calls[f"{name} backward"] = (
+                backward,
+                {
+                    "torch": backward_call(eager, arguments),
+                    "torch.compile": backward_call(torch.compile(eager), arguments),
+                },
+            )
         for label, (ours, others) in calls.items():
             row = {
                 "op": label,
@@ -146,11 +178,7 @@ def main() -> int:
                 "others_us": {other: median_seconds(call, scratch) * 1e6 for other, call in others.items()},
             }
             rows.append(row)
-            others_text = ", ".join(f"{other} {time:.1f}" for other, time in row["others_us"].items())
-            times = f"{row['measured_us']:.1f} us"
-            if gpu:
-                times += f", at least {row['predicted_us']:.1f} ({row['measured_us'] / row['predicted_us']:.2f}x)"
-            print(f"{label}: {times}; {others_text}")
+    print_rows(rows)
     content = {"command": f"python {' '.join(sys.argv)}", "gpu": device.name, "torch": torch.__version__, "rows": rows}
     path = Path(args.out)
     path.parent.mkdir(parents=True, exist_ok=True)

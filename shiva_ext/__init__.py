@@ -3,8 +3,8 @@
 import importlib
 from typing import TYPE_CHECKING
 
+from ._library import __version__, build_info  # isort: skip  (first: it says if this torch is too old for the rest)
 from . import _registrations, ops, reference  # noqa: F401
-from ._library import __version__, build_info
 
 if TYPE_CHECKING:
     from ._summary import summary

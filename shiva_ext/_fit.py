@@ -55,9 +55,9 @@ def cuda_complaint(built_with: str | None, torch_cuda: str | None, version: str)
     """
     if built_with is None or torch_cuda is None or _release(built_with)[0] == _release(torch_cuda)[0]:
         return None
-    major, minor = _release(torch_cuda)[:2]
-    wanted = f"{version.split('+')[0]}+cu{major}{minor}"
+    # Any minor version will do, and which one a wheel was built with is not known here.
     return (
-        f"shiva_ext was built with CUDA {built_with}, but this torch uses CUDA {torch_cuda}: "
-        f"pip install --force-reinstall --no-deps 'shiva_ext=={wanted}'"
+        f"shiva_ext was built with CUDA {built_with}, but this torch uses CUDA {torch_cuda}: install a wheel with "
+        f"+cu{_release(torch_cuda)[0]} in its name, or compile one with that CUDA's nvcc: "
+        f"pip install --force-reinstall --no-deps --no-binary shiva_ext 'shiva_ext=={version.split('+')[0]}'"
     )

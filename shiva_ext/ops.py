@@ -136,7 +136,7 @@ def counterfactual_scatter(
 def router_score(
     x: Tensor, context: Tensor, w_in: Tensor, ln_weight: Tensor, ln_bias: Tensor, w_out: Tensor, eps: float
 ) -> Tensor:
-    """``<LayerNorm(SiLU(x w_in^T + context)), w_out>`` for every token, reading x once.
+    """``<LayerNorm(SiLU(x w_in^T + context)), w_out>`` for every token.
 
     Shiva-DiT (arXiv 2602.05605), eq. 9.
 
