@@ -40,6 +40,7 @@ FORMS = {
         "several passes, no vectors": Size(B=1, N=2, k=1, D=16385, H=1),
     },
     "router_score": {
+        "no channels": Size(B=2, N=5, k=1, D=0, H=8),
         "stages go round": Size(B=2, N=70, k=1, D=264, H=64),
         "128 columns": Size(B=2, N=37, k=1, D=200, H=104),
         "256 columns": Size(B=1, N=37, k=1, D=72, H=200),

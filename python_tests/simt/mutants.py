@@ -128,6 +128,18 @@ def _beginning(code: str, end: int) -> int:
     return len(code) - len(code.lstrip())
 
 
+def _is_minimum(code: str, comparison: re.Match) -> bool:
+    """Whether it is that of `a < b ? a : b`, where a and b may be exchanged when they are equal."""
+    choice = re.search(r" \? ", code[comparison.end() :])
+    if choice is None:
+        return False
+    left = code[_beginning(code, comparison.start()) : comparison.start()]
+    right, rest = code[comparison.end() :][: choice.start()], code[comparison.end() + choice.end() :]
+    parts = rest[: _closing(rest, 0, (";", ", "))].split(" : ")
+    plain = [re.sub(r"^static_cast<\w+>\((.*)\)$", r"\1", part) for part in parts]
+    return sorted(plain) == sorted([left, right])
+
+
 def _always(start: int, end: int) -> tuple[tuple[int, int, str], ...]:
     return (start, 0, "(SHIVA_MUTANT({n}) || ("), (end, 0, "))")
 
@@ -139,6 +151,8 @@ def _places(code: str, pointers: set[str]) -> Iterator[tuple[str, str, tuple[tup
         yield "barrier" if "sync" in match[0].split("(")[0][:7] else "wait", f"no {match[0]}", edits
     for match in re.finditer(r" [<>]=? ", code):
         token = match[0]
+        if _is_minimum(code, match):
+            continue
         edits = ((match.start(), len(token), f" < SHIVA_BOUND({KINDS[token]}, {{n}}) > "),)
         yield "bound", f"{token.strip()} to {OPPOSITE[token].strip()} at {match.start()}", edits
     for match in re.finditer(r"\bif \(", code):

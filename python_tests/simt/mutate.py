@@ -76,7 +76,7 @@ class Woven:
 
     def write(self) -> None:
         shutil.rmtree(self.tree, ignore_errors=True)
-        shutil.copytree(ROOT / "csrc", self.tree / "csrc")
+        shutil.copytree(ROOT / "csrc", self.tree / "csrc", ignore=shutil.ignore_patterns("cpu"))
         for file in (self.tree / "csrc" / "cuda").iterdir():
             here = [(n, m) for n, m in enumerate(self.mutants) if m.file == file.name and n not in self.refused]
             file.write_text(weave(file.read_text(), here))

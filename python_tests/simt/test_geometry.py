@@ -30,12 +30,14 @@ def launches(simulated, call) -> list[str]:
     return found
 
 
-def rows(B: int, N: int, D: int, dtype=torch.float32, misaligned: bool = False, row_stride: int = 0) -> torch.Tensor:
+def rows(
+    B: int, N: int, D: int, dtype=torch.float32, misaligned: bool = False, row_stride: int = 0, batch_stride: int = 0
+) -> torch.Tensor:
     """[B,N,D]; misaligned by one element, or with more elements from row to row."""
     stride = row_stride or D
     flat = torch.randn(B * N * stride + 16)
     flat = flat.to(dtype)[1:] if misaligned else flat.to(dtype)
-    return flat.as_strided((B, N, D), (N * stride, stride, 1), flat.storage_offset())
+    return flat.as_strided((B, N, D), (batch_stride or N * stride, stride, 1), flat.storage_offset())
 
 
 def first(B: int, k: int) -> torch.Tensor:
@@ -133,6 +135,16 @@ def test_gather_modulate_keeps_a_row_in_a_warp_or_a_block(simulated, D, options,
     x, scale = rows(2, 8, D, **options), torch.randn(2, D)
     call = torch.ops.shiva_simt.gather_modulate
     assert launches(simulated, lambda: call(x, first(2, 6), scale, scale, EPS)) == [wanted]
+
+
+@pytest.mark.parametrize("B, N, options", [(1, 8, {"batch_stride": 7}), (2, 1, {"row_stride": 65, "batch_stride": 64})])
+def test_the_stride_of_a_single_row_does_not_matter(simulated, B, N, options):
+    x, same, scale = rows(B, N, 64, **options), rows(B, N, 64), torch.randn(B, 64)
+    modulate, scatter = torch.ops.shiva_simt.gather_modulate, torch.ops.shiva_simt.scatter_residual
+    (found,) = launches(simulated, lambda: modulate(x, first(B, N), scale, scale, EPS))
+    assert found.startswith("gather_modulate_kernel<float, 4, 8, true>")
+    found = launches(simulated, lambda: scatter(x, first(B, N), same, scale))
+    assert found[-1].startswith("scatter_residual_kernel<float, 4>")
 
 
 @pytest.mark.parametrize(

@@ -86,6 +86,21 @@ def test_each_kind_of_mistake_is_found_and_nothing_else(file):
     )
 
 
+@pytest.mark.parametrize(
+    "line, count",
+    [
+        ("int end = i + k < n ? i + k : n;", 0),
+        ("f(static_cast<int>(n - i < 8 ? n - i : 8), x);", 0),
+        ("int m = a > b ? static_cast<int>(b) : a;", 0),
+        ("int end = i + k < n ? k : n - i;", 1),
+        ("if (a < b) c = d ? a : b;", 1),
+    ],
+)
+def test_a_minimum_has_no_bound_to_mistake(tmp_path, line, count):
+    (tmp_path / "sample.cuh").write_text(line + "\n")
+    assert sum(mutant.rule == "bound" for mutant in mutants_of(tmp_path / "sample.cuh")) == count
+
+
 def test_ids_do_not_depend_on_where_the_line_stands(file):
     before = [m.id for m in mutants_of(file)]
     assert len(set(before)) == len(before)
