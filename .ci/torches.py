@@ -65,10 +65,11 @@ def check(wheel: Path, version: str, keep: bool) -> str:
     tests = folder / "tests"  # apart from the checkout, whose own package must not be imported
     shutil.rmtree(tests, ignore_errors=True)
     shutil.copytree(ROOT / "python_tests", tests / "python_tests", ignore=shutil.ignore_patterns("__pycache__", *APART))
+    # Else pytest would take the checkout's settings, and with them its tests.
+    warnings = "ignore::DeprecationWarning\n    ignore::FutureWarning"
+    (tests / "pytest.ini").write_text(f"[pytest]\npythonpath = python_tests\nfilterwarnings =\n    {warnings}\n")
     print(run(python, "-c", PROBE, cwd=tests), end="", flush=True)
-    command = [folder / "bin" / "pytest", "-q", "-p", "no:cacheprovider", "-o", "pythonpath=python_tests"]
-    command += ["-W", "ignore::DeprecationWarning", "-W", "ignore::FutureWarning"]
-    text = run(*command, "python_tests", cwd=tests)
+    text = run(folder / "bin" / "pytest", "-q", "-p", "no:cacheprovider", "python_tests", cwd=tests)
     if not keep:
         shutil.rmtree(folder)
     return re.findall(r"^.*\d+ passed.*$", text, flags=re.MULTILINE)[-1]
