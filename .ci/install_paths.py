@@ -11,7 +11,6 @@
 """
 
 import argparse
-import os
 import shutil
 import subprocess
 import sys
@@ -20,6 +19,9 @@ import venv
 from pathlib import Path
 
 ROOT = Path(__file__).parents[1]
+sys.path.insert(0, str(ROOT / "python_tests"))
+from without_nvcc import environment_without_nvcc  # noqa: E402
+
 TRY = """
 import torch, shiva_ext
 scores = torch.tensor([[1.0, 3.0, 2.0]])
@@ -29,20 +31,6 @@ assert shiva_ext.build_info()["cuda"] is None
 print(f"torch {torch.__version__}, {shiva_ext.__file__}")
 """
 BUILD_TOOLS = ("scikit-build-core>=0.10", "pybind11>=2.13", "cmake", "ninja", "numpy")
-
-
-def environment_without_nvcc(work: Path) -> dict[str, str]:
-    """Also without what leads CMake to a toolkit elsewhere. Links to its other files replace a folder with nvcc."""
-    folders = os.environ["PATH"].split(os.pathsep)
-    for number, folder in enumerate(folders):
-        if (Path(folder) / "nvcc").exists():
-            folders[number] = str(work / f"path{number}")
-            Path(folders[number]).mkdir()
-            for program in Path(folder).iterdir():
-                if program.name != "nvcc":
-                    (Path(folders[number]) / program.name).symlink_to(program)
-    hidden = {name: value for name, value in os.environ.items() if not name.startswith(("CUDA", "NVCC", "SHIVA"))}
-    return hidden | {"PATH": os.pathsep.join(folders)}
 
 
 environment: dict[str, str] = {}

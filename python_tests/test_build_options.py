@@ -1,12 +1,12 @@
 """What CMake makes of SHIVA_WITH_CUDA, with nvcc on the PATH and without. Configures only; compiles nothing of ours."""
 
-import os
 import shutil
 import subprocess
 import sys
 from pathlib import Path
 
 import pytest
+from without_nvcc import environment_without_nvcc
 
 ROOT = Path(__file__).parents[1]
 PROGRAMS = Path(sys.executable).parent
@@ -18,26 +18,9 @@ pytestmark = pytest.mark.skipif(
 )
 
 
-def path_without_nvcc(folder: Path) -> str:
-    """The PATH, with each folder that has nvcc replaced by one of links to its other programs."""
-    folders = []
-    for number, entry in enumerate(os.environ["PATH"].split(os.pathsep)):
-        if (Path(entry) / "nvcc").exists():
-            links = folder / f"path{number}"
-            links.mkdir()
-            for program in Path(entry).iterdir():
-                if program.name != "nvcc":
-                    (links / program.name).symlink_to(program)
-            entry = str(links)
-        folders.append(entry)
-    return os.pathsep.join(folders)
-
-
 def configure(tmp_path: Path, setting: str, with_nvcc: bool) -> tuple[bool, str]:
     """-> (whether it succeeded, what it said)"""
-    environment = {k: v for k, v in os.environ.items() if not k.startswith(("CUDA", "NVCC", "TORCH_CUDA"))}
-    if not with_nvcc:
-        environment["PATH"] = path_without_nvcc(tmp_path)
+    environment = None if with_nvcc else environment_without_nvcc(tmp_path)
     pybind = subprocess.run([sys.executable, "-m", "pybind11", "--cmakedir"], capture_output=True, text=True)
     options = {
         "CMAKE_MAKE_PROGRAM": PROGRAMS / "ninja",

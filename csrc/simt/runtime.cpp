@@ -108,7 +108,7 @@ struct Block {
 std::mutex launch_mutex;
 Random rng;
 uint64_t next_seed = 1, running_seed = 0;
-uint64_t total_threads = 0, total_launches = 0;
+uint64_t total_threads = 0;
 std::map<std::string, uint64_t> kernel_launches;
 std::vector<std::tuple<std::string, uint64_t, uint64_t>> recent_launches;  // a few thousand at most
 const char* kernel_name = nullptr;
@@ -335,7 +335,11 @@ bool in_kernel() { return current != nullptr; }
 void set_seed(uint64_t seed) { next_seed = seed; }
 uint64_t seed() { return next_seed; }
 uint64_t threads_run() { return total_threads; }
-uint64_t launches_run() { return total_launches; }
+uint64_t launches_run() {
+  uint64_t total = 0;
+  for (const auto& [kernel, count] : kernel_launches) total += count;
+  return total;
+}
 const std::map<std::string, uint64_t>& launches_by_kernel() { return kernel_launches; }
 std::vector<std::tuple<std::string, uint64_t, uint64_t>> take_launches() { return std::exchange(recent_launches, {}); }
 uint64_t garbage() { return rng.next(); }
@@ -359,7 +363,7 @@ void launch(
   kernel_body = &body;
   failure = nullptr;
   scheduler = {};
-  total_threads += threads * count, ++total_launches, ++kernel_launches[kernel];
+  total_threads += threads * count, ++kernel_launches[kernel];
   if (recent_launches.size() > 4096) recent_launches.clear();
   recent_launches.emplace_back(instance, count, threads);
   race_new_launch();
