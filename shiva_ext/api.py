@@ -1,17 +1,19 @@
 """One line to make a pipeline faster, and one to undo it."""
 
 import os
+from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 
-from torch import nn
+import torch
+from torch import Tensor, nn
 
 from . import hooks
 from .adapter_weights import MergedAdapter
 from .artifact import BaselineSource, ShivaArtifact
 from .models import adapter_for
 from .scheduler_watch import SchedulerWatch
-from .selection import RatioTable
+from .selection import RatioTable, default_tile
 
 _HANDLE = "_shiva_ext_handle"
 
@@ -77,7 +79,17 @@ def find_transformer(pipe_or_transformer) -> nn.Module:
     return getattr(module, "_orig_mod", module)
 
 
-def _selector(source, transformer: nn.Module, ratio: float | None, budget: float | None):
+def _selector(
+    source,
+    transformer: nn.Module,
+    ratio: float | None,
+    budget: float | None,
+    tile: int | None,
+    sigmas: Sequence[float] | Tensor | None,
+    max_distinct_k: int | None,
+    share_selection: bool | None,
+):
+    """The source as something that scores tokens, with its table solved for this model's size."""
     adapter = adapter_for(transformer)
     dims = adapter.dims(transformer)
     for name, value in (("ratio", ratio), ("budget", budget)):
@@ -92,8 +104,11 @@ def _selector(source, transformer: nn.Module, ratio: float | None, budget: float
                 f"shiva_ext: source is a {type(source).__name__}, wanted an artefact's folder or hub id, a "
                 "ShivaArtifact, or a selector with ratios() and scores()"
             )
-        if budget is not None or ratio is not None:
-            raise ValueError("shiva_ext: ratio and budget belong to the selector itself here; give it another ratio")
+        if any(each is not None for each in (ratio, budget, sigmas, max_distinct_k, share_selection)):
+            raise ValueError(
+                "shiva_ext: ratio, budget, sigmas, max_distinct_k and share_selection are for artefacts; this selector "
+                "has its own ratios, give it others"
+            )
         return BaselineSource(source, dims["num_layers"]) if baseline else source
     config, table = source.router.config, source.table
     wrong = [f"{k} {getattr(config, k)} (model: {v})" for k, v in dims.items() if getattr(config, k) != v]
@@ -106,16 +121,27 @@ def _selector(source, transformer: nn.Module, ratio: float | None, budget: float
             f"shiva_ext: the artefact was trained for another model: it has {', '.join(wrong)}; enable it on that "
             "model, or train one for this model"
         )
-    if ratio is not None and budget is not None:
+    if ratio is not None and any(each is not None for each in (budget, sigmas, max_distinct_k)):
         raise ValueError(
-            "shiva_ext: got both ratio and budget, wanted one: ratio fixes one share everywhere, budget keeps the "
-            "schedule"
+            "shiva_ext: ratio fixes one share everywhere; budget, sigmas and max_distinct_k are about the learned "
+            "schedule: give one or the other"
         )
+    if share_selection is not None:
+        source = replace(source, share_selection=share_selection)
     if ratio is not None:
-        source = replace(source, table=RatioTable.fixed(ratio, dims["num_layers"], source.first_layer))
-    if budget is not None:
-        source = replace(source, table=source.table.with_budget(budget, num_tokens=adapter.num_tokens(transformer)))
-    return source
+        return replace(source, table=RatioTable.fixed(ratio, dims["num_layers"], source.first_layer))
+    if sigmas is not None:
+        policy = source.policy
+        table = table.at_levels(sigmas) if policy is None else RatioTable.from_policy(policy, sigmas)
+    num_tokens = adapter.num_tokens(transformer)
+    tile = default_tile(num_tokens) if tile is None else tile
+    together = source.router.group_sizes() if source.share_selection else None
+    asked = together is not None or any(each is not None for each in (budget, sigmas, max_distinct_k))
+    if asked or (tile > 1 and num_tokens % tile == 0):  # other tiles only round, from call to call
+        cost = torch.tensor(adapter.token_costs(transformer)[table.first_layer :])
+        budget = max(source.table.mean(cost), tile / num_tokens) if budget is None else budget
+        table = table.with_budget(budget, num_tokens, tile, cost, max_distinct_k, together)
+    return replace(source, table=table)
 
 
 def enable(
@@ -124,7 +150,10 @@ def enable(
     *,
     ratio: float | None = None,
     budget: float | None = None,
-    tile: int = 1,
+    tile: int | None = None,
+    sigmas: Sequence[float] | Tensor | None = None,
+    max_distinct_k: int | None = None,
+    share_selection: bool | None = None,
     batched_guidance: bool | None = None,
     adapter: bool = True,
 ) -> Handle:
@@ -137,8 +166,19 @@ def enable(
         source: an artefact's folder or hub id, a :class:`ShivaArtifact`, or a selector from
             :mod:`shiva_ext.selection` such as ``RandomSelector(0.6)``.
         ratio: keep this share of the tokens in every layer and step instead of the learned schedule; 1 is dense.
-        budget: keep the learned schedule's form, but scale it to this mean share.
-        tile: round token counts to multiples of this.
+        budget: keep the learned schedule's form, but move it to this mean share, without training. The token counts
+            of all steps and layers then meet it to within one tile, at the model's own image size and with every
+            layer's tokens weighted by what they cost; see :func:`~shiva_ext.selection.solve_budget`.
+        tile: token counts are multiples of this. One that divides the model's token count keeps the schedule's mean
+            to within a tile; any other just rounds each count, and is refused with ``budget``. By default
+            :func:`~shiva_ext.selection.default_tile`: 1 below 1,024 tokens, 16, 64 or 128 above.
+        sigmas: the noise levels of the sampler's steps, such as ``pipe.scheduler.sigmas[:-1]`` after
+            ``set_timesteps``; the schedule is then taken at these and the budget holds for exactly these steps. By
+            default the artefact's own levels count, and each step uses the nearest.
+        max_distinct_k: let noise levels share their token counts so that no more than this many different sets of
+            them occur, each of which is one graph to a compiler.
+        share_selection: whether layers that share a router also share its choice of tokens, so that it scores them
+            once; by default what the artefact was trained with.
         batched_guidance: whether the batch is (unconditional, conditional); such pairs keep the same tokens. By default
             what the pipeline says, and False for a bare transformer.
         adapter: whether to merge the artefact's tuned weights into the model.
@@ -152,9 +192,10 @@ def enable(
         RuntimeError: no block was hooked.
     """
     transformer = find_transformer(pipe_or_transformer)
-    selector = _selector(source, transformer, ratio, budget)
-    if tile < 1:
-        raise ValueError(f"shiva_ext: tile is {tile}, wanted at least 1")
+    for name, value in (("tile", tile), ("max_distinct_k", max_distinct_k)):
+        if value is not None and value < 1:
+            raise ValueError(f"shiva_ext: {name} is {value}, wanted at least 1")
+    selector = _selector(source, transformer, ratio, budget, tile, sigmas, max_distinct_k, share_selection)
     disable(transformer)
     router = getattr(selector, "router", None)
     device = next(transformer.parameters()).device

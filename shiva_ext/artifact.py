@@ -28,6 +28,8 @@ class ShivaArtifact:
         model_class: class of the transformer it was trained for.
         router, table, policy: see :mod:`shiva_ext.selection`.
         adapter: PEFT folder of the tuned weights, or None.
+        share_selection: layers that share a router also share what it selects: the first one's scores choose the tokens
+            of all, which then keep equally many. That halves the router's cost for pairs.
         metadata: free JSON values, such as the training settings.
     """
 
@@ -37,10 +39,15 @@ class ShivaArtifact:
     policy: RatioPolicy | None = None
     adapter: Path | None = None
     metadata: dict = field(default_factory=dict)
+    share_selection: bool = False
 
     @property
     def first_layer(self) -> int:
         return self.table.first_layer
+
+    def group(self, layer: int) -> int | None:
+        """Layers of one group select once, for all of them; None selects for itself."""
+        return self.router.group(layer) if self.share_selection else None
 
     def ratios(self, sigma: float) -> tuple[float, ...]:
         """Share of tokens each layer keeps at noise level sigma."""
@@ -69,6 +76,7 @@ class ShivaArtifact:
             router=asdict(self.router.config),
             policy=None if self.policy is None else asdict(self.policy.config),
             adapter=self.adapter is not None,
+            share_selection=self.share_selection,
             metadata=self.metadata,
         )
         save_file({k: v.detach().cpu().contiguous() for k, v in tensors.items()}, folder / (WEIGHTS_NAME + ".tmp"))
@@ -128,6 +136,7 @@ class ShivaArtifact:
             policy if policy is None else policy.eval().requires_grad_(False),
             folder / ADAPTER_NAME if config["adapter"] else None,
             config["metadata"],
+            config.get("share_selection", False),
         )
 
 

@@ -12,6 +12,7 @@ from torch import Tensor, nn
 
 from . import ops
 from .models import Conditioning, ModelAdapter
+from .selection.budget import default_tile
 
 HOOK_NAME = "shiva_ext"
 _DENSE = 1 << 24  # ratios as integers: torch.compile keeps these exact and static
@@ -31,7 +32,7 @@ class SelectionState:
     """What the hooks of one transformer share. It is set anew for every call: nothing is carried between steps.
 
     Attributes:
-        tile: token counts are rounded to multiples of it.
+        tile: token counts are rounded to multiples of it; None is the sequence's :func:`default_tile`.
         batched_guidance: whether the batch is (unconditional, conditional), which then keep the same tokens.
         sigma: noise level of the coming call if a scheduler or :meth:`at` announced it, else None.
         fixed: whether :meth:`at` fixed it, so that the call's own timesteps do not count.
@@ -39,10 +40,13 @@ class SelectionState:
         active: False makes every hook a plain call of the model (the dense teacher's run).
         captured: a dict to collect each hooked block's (input, output) tokens in while not active, else None.
         trainer: takes over a pruned block while training, see ``training/stages.py``.
+        chosen: for groups of layers that select together, the first of them and its indices [B,k].
         records: per call while recording, ``{"timestep", "kept": {layer: [B,k]}}``.
     """
 
-    def __init__(self, selector: Selector, adapter: ModelAdapter, tile: int = 1, batched_guidance: bool = False):
+    def __init__(
+        self, selector: Selector, adapter: ModelAdapter, tile: int | None = None, batched_guidance: bool = False
+    ):
         self.selector, self.adapter = selector, adapter
         self.tile, self.batched_guidance = tile, batched_guidance
         self.active, self.trainer = True, None
@@ -54,6 +58,7 @@ class SelectionState:
         self.quota: tuple[int, ...] = ()
         self.conditioning: Conditioning | None = None
         self.guided = False
+        self.chosen: dict[int, tuple[int, Tensor]] = {}
 
     def at(self, sigma: float, fixed: bool = False) -> None:
         """Announce the noise level of the coming calls, as a Python number that torch.compile can rely on."""
@@ -90,14 +95,26 @@ class SelectionState:
         if quota >= _DENSE:
             return N
         k = (N * quota) >> 24
-        if self.tile > 1:
-            lower = k // self.tile * self.tile
-            upper = min(lower + self.tile, N)
+        tile = default_tile(N) if self.tile is None else self.tile
+        if tile > 1:
+            lower = k // tile * tile
+            upper = min(lower + tile, N)
             k = lower if lower and k - lower < upper - k else upper
         return max(k, 1)
 
     def select(self, layer: int, x: Tensor, k: int) -> Tensor:
         """Indices [B,k] of the tokens of x [B,N,D] that a layer keeps, ascending."""
+        group = self.selector.group(layer) if hasattr(self.selector, "group") else None
+        first, kept = self.chosen.get(group, (layer, None))
+        if first == layer:  # also when gradient checkpointing runs it again
+            kept = self._choose(layer, x, k)
+        if group is not None:
+            self.chosen[group] = first, kept
+        if self.entry is not None:
+            self.entry["kept"][layer] = kept.detach().cpu()
+        return kept
+
+    def _choose(self, layer: int, x: Tensor, k: int) -> Tensor:
         scores = self.selector.scores(layer, x, self.sigma, self.conditioning)
         if self.guided:
             # Shiva-DiT (arXiv 2602.05605), eq. 32: both halves keep what either of them needs most.
@@ -107,12 +124,8 @@ class SelectionState:
                     "number; enable with batched_guidance=False for a model called without guidance"
                 )
             unified = torch.maximum(*scores.chunk(2))
-            kept = ops.topk_select(unified.detach(), k)[0].repeat(2, 1)
-        else:
-            kept = ops.topk_select(scores.detach(), k)[0]
-        if self.entry is not None:
-            self.entry["kept"][layer] = kept.detach().cpu()
-        return kept
+            return ops.topk_select(unified.detach(), k)[0].repeat(2, 1)
+        return ops.topk_select(scores.detach(), k)[0]
 
     def resume(self, call: dict, block, *args):
         """Run a block with the attributes that belong to an earlier call of the transformer."""
@@ -130,7 +143,7 @@ class SelectionState:
         if checkpoint is None or not torch.is_grad_enabled():
             yield
             return
-        names = ("sigma", "quota", "conditioning", "guided", "trainer", "entry")
+        names = ("sigma", "quota", "conditioning", "guided", "chosen", "trainer", "entry")
         call = {name: getattr(self, name) for name in names}
         module._gradient_checkpointing_func = lambda block, *args: checkpoint(partial(self.resume, call, block), *args)
         try:
@@ -159,6 +172,7 @@ class TransformerHook(ModelHook):
         arguments = state.adapter.bind(forward, args, kwargs)
         state.conditioning = state.adapter.conditioning(module, arguments)
         state.guided = state.adapter.batched_guidance(arguments, state.batched_guidance)
+        state.chosen = {}
         try:
             if not compiling:
                 return self._run(module, *args, **kwargs)
@@ -169,7 +183,7 @@ class TransformerHook(ModelHook):
                 )
             return forward(*args, **kwargs)
         finally:
-            state.conditioning = None
+            state.conditioning, state.chosen = None, {}
 
     def _run(self, module: nn.Module, *args, **kwargs):
         """Eager code can look at the call itself: its timesteps count, whatever was announced for another call."""

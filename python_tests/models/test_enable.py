@@ -8,7 +8,7 @@ from torch import nn
 
 import shiva_ext
 from shiva_ext.models.base import ADAPTERS
-from shiva_ext.selection import RandomSelector, RatioTable
+from shiva_ext.selection import RandomSelector, RatioPolicy, RatioTable
 
 from .tiny import (
     LAYERS,
@@ -81,18 +81,47 @@ def test_enabling_again_replaces_the_settings(model, artifact):
     assert all(index.shape[1] == N // 4 for index in handle.records[0]["kept"].values())
 
 
-def test_ratio_fixes_one_share_and_budget_scales_the_schedule(model):
+@pytest.mark.parametrize(("options", "tile"), [({"tile": 1}, 1), ({}, 16), ({"tile": 64}, 64)])
+def test_ratio_fixes_one_share_and_budget_scales_the_schedule(model, options, tile):
     source = make_artifact(varying_table())
     assert shiva_ext.summary(enabled(model, source, ratio=0.25)).mean_ratio == 0.25
     larger = make_model(sample_size=64, pos_embed_max_size=32)
     cells = (LAYERS - 1) * len(source.table.sigmas)
     for budget in (0.4, 0.6, 0.8):
-        # Exact, to the nearest token of the whole schedule, at the image size that the model is configured for.
-        summary = shiva_ext.summary(enabled(larger, source, budget=budget), steps=source.table.sigmas)
+        # Exact, to the nearest tile of the whole schedule, at the image size that the model is configured for.
+        summary = shiva_ext.summary(enabled(larger, source, budget=budget, **options), steps=source.table.sigmas)
         assert summary.num_tokens == 1024
-        assert summary.mean_ratio == pytest.approx(budget, abs=0.5 / (1024 * cells) + 1e-6)
-        assert len(set(summary.kept)) == len(source.table.sigmas)
+        assert summary.mean_ratio == pytest.approx(budget, abs=0.5 * tile / (1024 * cells) + 1e-6)
+        assert all(k % tile == 0 for row in summary.kept for k in row)
+        assert tile > 1 or len(set(summary.kept)) == len(source.table.sigmas)
     assert source.table == varying_table()
+
+
+def test_a_tile_alone_keeps_the_schedules_own_mean():
+    source = make_artifact(varying_table())
+    larger = make_model(sample_size=64, pos_embed_max_size=32)
+    cells = (LAYERS - 1) * len(source.table.sigmas)
+    summary = shiva_ext.summary(enabled(larger, source, tile=32), steps=source.table.sigmas)
+    assert summary.mean_ratio == pytest.approx(source.table.mean(), abs=0.5 * 32 / (1024 * cells) + 1e-6)
+
+
+@pytest.mark.parametrize("most", [1, 2, 3])
+def test_max_distinct_k_bounds_the_sets_of_token_counts(most):
+    larger = make_model(sample_size=64, pos_embed_max_size=32)
+    shiva_ext.enable(larger, make_artifact(varying_table()), budget=0.5, max_distinct_k=most)
+    summary = shiva_ext.summary(larger, steps=100)
+    assert len(set(summary.kept)) == most
+
+
+def test_the_samplers_own_levels_make_the_budget_exact():
+    levels = [1.0, 0.93, 0.8, 0.41, 0.02]
+    larger = make_model(sample_size=64, pos_embed_max_size=32)
+    policy = RatioPolicy(num_layers=LAYERS, target=0.7, hidden=8)
+    for source in (make_artifact(varying_table()), make_artifact(varying_table(), policy=policy)):
+        shiva_ext.enable(larger, source, budget=0.45, sigmas=levels)
+        summary = shiva_ext.summary(larger, steps=levels)
+        cells = (LAYERS - 1) * len(levels)
+        assert summary.mean_ratio == pytest.approx(0.45, abs=0.5 * 16 / (1024 * cells) + 1e-6)
 
 
 def enabled(model, *args, **options):
@@ -207,15 +236,25 @@ REFUSED = {
     "another depth": (lambda: make_artifact(num_layers=9), {}, ValueError, "num_layers 9 \\(model: 4\\)"),
     "torn table": (lambda: foreign(table=RatioTable.fixed(0.5, 3)), {}, ValueError, "ratios for 3 layers"),
     "missing adapter": (lambda: make_artifact(adapter="/no/adapter"), {}, FileNotFoundError, "adapter=False"),
-    "ratio and budget": (make_artifact, dict(ratio=0.5, budget=0.5), ValueError, "both ratio and budget, wanted one"),
+    "ratio and budget": (make_artifact, dict(ratio=0.5, budget=0.5), ValueError, "ratio fixes one share everywhere"),
     "ratio 0": (make_artifact, dict(ratio=0.0), ValueError, "ratio is 0.0, wanted a share"),
     "ratio above 1": (make_artifact, dict(ratio=1.5), ValueError, "ratio is 1.5, wanted a share"),
     "budget 0": (make_artifact, dict(budget=0.0), ValueError, "budget is 0.0, wanted a share"),
     "budget above 1": (make_artifact, dict(budget=60), ValueError, "budget is 60, wanted a share"),
-    "ratio for a baseline": (lambda: RandomSelector(0.5), dict(ratio=0.5), ValueError, "give it another ratio"),
-    "budget for a baseline": (lambda: RandomSelector(0.5), dict(budget=0.5), ValueError, "give it another ratio"),
-    "ratio for a selector": (OwnRatios, dict(ratio=0.5), ValueError, "belong to the selector itself"),
+    "ratio for a baseline": (
+        lambda: RandomSelector(0.5),
+        dict(ratio=0.5),
+        ValueError,
+        "this selector has its own ratios",
+    ),
+    "budget for a baseline": (lambda: RandomSelector(0.5), dict(budget=0.5), ValueError, "its own ratios"),
+    "ratio for a selector": (OwnRatios, dict(ratio=0.5), ValueError, "its own ratios, give it others"),
     "tile 0": (make_artifact, dict(tile=0), ValueError, "tile is 0, wanted at least 1"),
+    "tile and budget": (make_artifact, dict(tile=3, budget=0.5), ValueError, "tile is 3, wanted a divisor"),
+    "ratio and levels": (make_artifact, dict(ratio=0.5, sigmas=[0.5]), ValueError, "give one or the other"),
+    "level above 1": (make_artifact, dict(sigmas=[500.0]), ValueError, "sigma is 500.0, wanted a noise level"),
+    "no distinct k": (make_artifact, dict(max_distinct_k=0), ValueError, "max_distinct_k is 0, wanted at least 1"),
+    "distinct k of a baseline": (lambda: RandomSelector(0.5), dict(max_distinct_k=2), ValueError, "its own ratios"),
 }
 
 

@@ -156,11 +156,32 @@ def test_baselines_keep_the_asked_share(selector, model, inputs):
     assert all(index.shape == (2, int(0.3 * N)) for index in kept.values())
 
 
-def test_token_counts_are_rounded_to_the_tile(model, inputs):
+def counts_with(model, source, inputs, tile):
+    _, kept = run(model, source, inputs, tile=tile)
+    return [kept[layer].shape[1] if layer in kept else N for layer in (1, 2, 3)]
+
+
+def test_token_counts_are_multiples_of_the_tile_with_the_schedules_mean(model, inputs):
     table = RatioTable([0.5], torch.tensor([[1, 1 / N, 6 / N, 15 / N]]))
+    # 22 tokens in all: 5 tiles of 4 are nearest (6 are as near, the lower total counts); 8 is the least of 3 x 8.
+    for tile, counts in ((1, [1, 6, 15]), (4, [4, 4, 12]), (8, [8, 8, 8])):
+        assert counts_with(model, make_artifact(table), inputs, tile) == counts
+    # No multiple of these tiles is the whole sequence: each count is rounded by itself.
+    for tile, counts in ((5, [5, 5, 15]), (64, [16, 16, 16])):
+        assert counts_with(model, make_artifact(table), inputs, tile) == counts
+
+
+class OwnRatios:
+    def ratios(self, sigma):
+        return (1, 1 / N, 6 / N, 15 / N)
+
+    def scores(self, layer, x, sigma, conditioning):
+        return x[..., 0]
+
+
+def test_the_counts_of_a_selector_with_its_own_ratios_are_rounded(model, inputs):
     for tile, counts in ((1, [1, 6, 15]), (4, [4, 8, 16]), (8, [8, 8, 16]), (64, [16, 16, 16])):
-        _, kept = run(model, make_artifact(table), inputs, tile=tile)
-        assert [kept[layer].shape[1] if layer in kept else N for layer in (1, 2, 3)] == counts
+        assert counts_with(model, OwnRatios(), inputs, tile) == counts
 
 
 def test_positional_and_keyword_calls_agree(model, artifact):

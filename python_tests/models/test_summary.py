@@ -34,10 +34,10 @@ def test_a_ratio_of_k_tokens_keeps_k_and_never_none(model, num_tokens):
     counts = torch.randint(1, num_tokens + 1, (50, LAYERS), generator=torch.Generator().manual_seed(0))
     counts[:, 0] = num_tokens
     table = RatioTable([row / 50 for row in range(50)], counts / num_tokens)
-    shiva_ext.enable(model, make_artifact(table))
+    shiva_ext.enable(model, make_artifact(table), tile=1)
     summary = shiva_ext.summary(model, num_tokens=num_tokens, steps=table.sigmas)
     assert summary.kept == tuple(map(tuple, counts.tolist()))
-    shiva_ext.enable(model, make_artifact(), ratio=1e-3)
+    shiva_ext.enable(model, make_artifact(), ratio=1e-3, tile=1)
     assert shiva_ext.summary(model, num_tokens=num_tokens, steps=1).kept[0][1] == max(1, num_tokens // 1000)
 
 

@@ -1,12 +1,10 @@
 """RatioTable, and the budget solver against brute force."""
 
-import itertools
-
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from shiva_ext.selection import RatioPolicy, RatioTable, solve_budget
+from shiva_ext.selection import RatioPolicy, RatioTable
 
 
 def small_table():
@@ -105,61 +103,6 @@ def test_a_fixed_table_is_dense_before_the_first_layer():
     assert RatioTable.fixed(0.6, 4, first_layer=2).mean() == pytest.approx(0.6)
 
 
-def brute_force(ratios, num_tokens, budget, tile, cost):
-    """The least (miss of the budget, total, squared distance) over all tables, and the terms it is made of."""
-    S, L = ratios.shape
-    weights = torch.as_tensor(1 if cost is None else cost).expand(S, L).flatten().tolist()
-    wanted = (ratios.flatten().double() * num_tokens).tolist()
-    total = budget * num_tokens * sum(weights)
-    best = None
-    for counts in itertools.product(range(tile, num_tokens + 1, tile), repeat=S * L):
-        spent = sum(k * w for k, w in zip(counts, weights, strict=True))
-        distance = sum((k - r) ** 2 for k, r in zip(counts, wanted, strict=True))
-        key = (round(abs(spent - total), 6), spent, distance)
-        best = key if best is None else min(best, key)
-    return best, weights, wanted, total
-
-
-@pytest.mark.parametrize("cost", [None, [1, 2], [3, 2], [5, 5], [7, 3]])
-@pytest.mark.parametrize("seed", range(8))
-def test_the_solver_equals_brute_force(cost, seed):
-    torch.manual_seed(seed)
-    ratios = torch.rand(2, 2)
-    tile = (1, 2, 3)[seed % 3]
-    num_tokens = tile * 6
-    for budget in (1 / 6, 0.31, 0.5, 0.62, 0.9, 1.0):
-        (miss, _, distance), weights, wanted, total = brute_force(ratios, num_tokens, budget, tile, cost)
-        solved = solve_budget(ratios, num_tokens, budget, tile, cost)
-        counts = solved.flatten().tolist()
-        assert solved.dtype == torch.int64 and all(k % tile == 0 and tile <= k <= num_tokens for k in counts)
-        assert abs(sum(k * w for k, w in zip(counts, weights, strict=True)) - total) == pytest.approx(miss, abs=1e-5)
-        assert sum((k - r) ** 2 for k, r in zip(counts, wanted, strict=True)) == pytest.approx(distance, abs=1e-5)
-
-
-@pytest.mark.parametrize("seed", range(4))
-def test_the_solver_equals_brute_force_with_a_cost_of_its_own_in_every_cell(seed):
-    generator = torch.Generator().manual_seed(seed)
-    ratios, cost = torch.rand(1, 5, generator=generator), torch.randint(1, 9, (1, 5), generator=generator)
-    for budget in (0.3, 0.55, 0.8):
-        (miss, _, distance), weights, wanted, total = brute_force(ratios, 5, budget, 1, cost)
-        counts = solve_budget(ratios, 5, budget, 1, cost).flatten().tolist()
-        assert abs(sum(k * w for k, w in zip(counts, weights, strict=True)) - total) == pytest.approx(miss, abs=1e-5)
-        assert sum((k - r) ** 2 for k, r in zip(counts, wanted, strict=True)) == pytest.approx(distance, abs=1e-5)
-
-
-@pytest.mark.parametrize("tile", [1, 64])
-@pytest.mark.parametrize("cost", [None, [4] * 13 + [3] * 10])
-def test_a_table_of_real_size_meets_its_budget_to_within_a_tile(tile, cost):
-    torch.manual_seed(0)
-    num_tokens = 1024
-    ratios = torch.rand(20, 23)
-    solved = solve_budget(ratios, num_tokens, 0.6, tile, cost)
-    weights = torch.as_tensor(1 if cost is None else cost).expand(20, 23)
-    assert abs((solved * weights).sum() - 0.6 * num_tokens * weights.sum()) <= tile
-    shift = 0.6 - ratios.mean()
-    assert (solved / num_tokens - ratios).abs().max() < abs(shift) * 4 + tile / num_tokens
-
-
 def test_a_table_with_a_budget_gives_the_solved_counts_and_keeps_dense_layers():
     table = RatioTable.from_policy(RatioPolicy(num_layers=4, target=0.7, hidden=8), torch.linspace(0, 1, 5))
     solved = table.with_budget(0.55, 256, tile=16)
@@ -167,25 +110,3 @@ def test_a_table_with_a_budget_gives_the_solved_counts_and_keeps_dense_layers():
     assert {row[0] for row in counts} == {256}
     assert sum(sum(row[1:]) for row in counts) == pytest.approx(0.55 * 256 * 15, abs=8)
     assert counts == [solved.tokens(sigma, 256) for sigma in solved.sigmas]
-
-
-@pytest.mark.parametrize(
-    ("change", "message"),
-    [
-        ({"tile": 3}, "tile is 3, wanted a divisor of num_tokens, which is 16"),
-        ({"tile": 0}, "tile is 0"),
-        ({"budget": 0.01}, "budget is 0.01"),
-        ({"budget": 1.01}, "budget is 1.01"),
-        ({"budget": float("nan")}, "budget is nan"),
-        ({"cost": [0, 1]}, "cost is"),
-        ({"cost": [1.5, 1.0]}, "scale the costs and round"),
-        ({"cost": [1, 100]}, "integers from 1 to 32"),
-        ({"ratios": torch.full((2, 2), float("nan"))}, "ratios has shape"),
-        ({"ratios": torch.rand(2)}, "ratios has shape"),
-        ({"ratios": torch.rand(0, 2)}, "ratios has shape"),
-    ],
-)
-def test_a_bad_argument_of_the_solver_is_named(change, message):
-    arguments = {"ratios": torch.rand(2, 2), "num_tokens": 16, "budget": 0.5, "tile": 4, **change}
-    with pytest.raises(ValueError, match=message):
-        solve_budget(**arguments)

@@ -230,3 +230,12 @@ def test_the_budget_gradient_does_not_depend_on_the_number_of_micro_batches():
 
     for one, two in zip(gradient(1), gradient(4), strict=True):
         torch.testing.assert_close(one, two)
+
+
+def test_an_artefact_trained_to_share_its_selection_says_so_and_keeps_equal_counts(tmp_path):
+    trainer = ShivaTrainer(tiny_model(), replace(CONFIG, share_selection=True, share=3), next_batch)
+    trainer.run_stage("policy", 2)
+    artifact = trainer.export(tmp_path)
+    trainer.close()
+    assert artifact.share_selection and shiva_ext.load(tmp_path).share_selection
+    assert all(len(set(row[1:])) == 1 for row in map(artifact.ratios, artifact.table.sigmas))

@@ -40,6 +40,10 @@ class ModelAdapter(ABC):
     def num_tokens(self, transformer: nn.Module) -> int:
         """Image tokens N at the size that the model's configuration names."""
 
+    def token_costs(self, transformer: nn.Module) -> list[int]:
+        """Relative cost of an image token in each block, as integers from 1 to 32; all alike unless overridden."""
+        return [1] * len(self.blocks(transformer))
+
     @abstractmethod
     def conditioning(self, transformer: nn.Module, arguments: dict) -> Conditioning:
         """The embeddings of a forward call with these named arguments."""

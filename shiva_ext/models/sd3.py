@@ -26,6 +26,11 @@ class SD3Adapter(ModelAdapter):
     def num_tokens(self, transformer: nn.Module) -> int:
         return (transformer.config.sample_size // transformer.config.patch_size) ** 2
 
+    def token_costs(self, transformer: nn.Module) -> list[int]:
+        # Matrix products of D x D: 4 of the attention, 8 of the MLP, and 4 where there is a second attention.
+        dual = transformer.config.dual_attention_layers
+        return [4 if layer in dual else 3 for layer in range(len(transformer.transformer_blocks))]
+
     def conditioning(self, transformer: nn.Module, arguments: dict) -> Conditioning:
         timestep, pooled = arguments["timestep"], arguments["pooled_projections"]
         timestep = timestep.expand(len(pooled))  # one timestep may serve the whole batch

@@ -1,6 +1,7 @@
 """Which tokens are processed, and how many: router, ratio policy, estimators, and baselines to compare with."""
 
 from .baselines import LargestNormSelector, RandomSelector
+from .budget import default_tile, solve_budget
 from .estimator import (
     ESTIMATORS,
     CounterfactualEstimator,
@@ -13,7 +14,7 @@ from .estimator import (
 )
 from .policy import BudgetLoss, PolicyConfig, RatioPolicy
 from .router import RouterConfig, ShivaRouter
-from .table import RatioTable, solve_budget
+from .table import RatioTable
 
 __all__ = [
     "ESTIMATORS",
@@ -29,6 +30,7 @@ __all__ = [
     "RouterConfig",
     "ShivaRouter",
     "anneal",
+    "default_tile",
     "get_estimator",
     "inclusion",
     "perturb",

@@ -8,10 +8,6 @@ import torch.distributed as dist
 from diffusers.models.embeddings import get_timestep_embedding
 from torch import Tensor, nn
 
-from .table import RatioTable, solve_budget
-
-__all__ = ["BudgetLoss", "PolicyConfig", "RatioPolicy", "RatioTable", "solve_budget"]
-
 
 @dataclass(frozen=True)
 class PolicyConfig:

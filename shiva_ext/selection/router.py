@@ -81,6 +81,11 @@ class ShivaRouter(nn.Module):
         self.groups = nn.ModuleList(_SharedRouter(config) for _ in range(groups))
         self.layer_embedding = nn.Parameter(torch.randn(config.num_layers, config.layer_dim))
 
+    def group_sizes(self) -> list[int]:
+        """How many layers each shared router scores, in their order."""
+        layers = range(self.config.first_layer, self.config.num_layers)
+        return [sum(self.group(layer) == group for layer in layers) for group in range(len(self.groups))]
+
     @classmethod
     def from_config(cls, config: RouterConfig) -> "ShivaRouter":
         """A freshly initialised router of this shape."""

@@ -2,11 +2,12 @@
 
 import math
 from collections.abc import Iterable, Sequence
+from itertools import pairwise
 
 import torch
 from torch import Tensor
 
-MAX_COST = 32
+from .budget import alike_runs, solve_budget
 
 
 class RatioTable:
@@ -107,12 +108,26 @@ class RatioTable:
             raise ValueError(f"RatioTable: num_tokens is {num_tokens} and tile {tile}, wanted at least 1 of each")
         return tuple(_round_to_tile(_floor(num_tokens, ratio), num_tokens, tile) for ratio in self.ratios(sigma))
 
-    def mean(self) -> float:
-        """Mean ratio over the grid and the pruned layers; what the budget is about."""
-        return self.ratios_tensor[:, self.first_layer :].double().mean().item()
+    def mean(self, cost: Sequence[int] | Tensor | None = None) -> float:
+        """Mean ratio over the grid and the pruned layers, weighted by ``cost``; what the budget is about."""
+        pruned = self.ratios_tensor[:, self.first_layer :].double()
+        weights = torch.as_tensor(1 if cost is None else cost).expand(pruned.shape)
+        return ((pruned * weights).sum() / weights.sum()).item()
+
+    def at_levels(self, sigmas: Sequence[float] | Tensor) -> "RatioTable":
+        """The table on other noise levels, in any order: each gets the row that :meth:`ratios` reads there."""
+        levels = torch.as_tensor(sigmas, dtype=torch.float32).detach().cpu().unique()
+        rows = torch.tensor([self.ratios(sigma) for sigma in levels.tolist()])
+        return RatioTable(levels, rows, self.first_layer)
 
     def with_budget(
-        self, budget: float, num_tokens: int, tile: int = 1, cost: Sequence[int] | Tensor | None = None
+        self,
+        budget: float,
+        num_tokens: int,
+        tile: int = 1,
+        cost: Sequence[int] | Tensor | None = None,
+        max_distinct: int | None = None,
+        together: Sequence[int] | None = None,
     ) -> "RatioTable":
         """The nearest table whose token counts, in multiples of ``tile``, meet ``budget``; see :func:`solve_budget`.
 
@@ -120,12 +135,36 @@ class RatioTable:
             budget: the wanted mean ratio of the pruned layers.
             num_tokens: tokens of the image size that the table is solved for; it serves the others nearly as well.
             tile: the token counts' unit; it divides ``num_tokens``.
-            cost: relative cost of a token in each pruned layer, [L - first_layer] or [S, L - first_layer].
+            cost: relative cost of a token in each pruned layer, [L - first_layer] or [S, L - first_layer], integers.
+            max_distinct: at most so many different rows: neighbouring noise levels share one, those that are most
+                alike. Each row is a graph of its own to a compiler.
+            together: sizes of runs of pruned layers that share their count, such as ``(2, 2, 1)``.
         """
-        solved = solve_budget(self.ratios_tensor[:, self.first_layer :], num_tokens, budget, tile, cost)
+        learned = self.ratios_tensor[:, self.first_layer :].double()
+        S, P = learned.shape
+        if max_distinct is not None and max_distinct < 1:
+            raise ValueError(f"RatioTable: max_distinct is {max_distinct}, wanted at least 1")
+        if together is not None and (min(together) < 1 or sum(together) != P):
+            raise ValueError(f"RatioTable: together is {tuple(together)}, wanted positive sizes that add up to {P}")
+        ends = list(range(1, S + 1)) if max_distinct is None or max_distinct >= S else alike_runs(learned, max_distinct)
+        rows = [end - begin for begin, end in pairwise((0, *ends))]
+        columns = [1] * P if together is None else list(together)
+
+        def merged(values: Tensor) -> Tensor:
+            sums = torch.stack([part.sum(dim=0) for part in values.split(rows)])
+            return torch.stack([part.sum(dim=1) for part in sums.split(columns, dim=1)], dim=1)
+
+        cost = torch.as_tensor(1 if cost is None else cost)
+        sizes = merged(torch.ones(S, P, dtype=torch.int64))
+        solved = solve_budget(merged(learned) / sizes, num_tokens, budget, tile, merged(cost.expand(S, P)), sizes)
+        solved = solved.repeat_interleave(torch.tensor(rows), dim=0).repeat_interleave(torch.tensor(columns), dim=1)
         ratios = self.ratios_tensor.clone()
         ratios[:, self.first_layer :] = solved / num_tokens
         return RatioTable(self.sigmas, ratios, self.first_layer)
+
+    def distinct(self, num_tokens: int, tile: int = 1) -> int:
+        """How many different token counts per layer the table holds: the graphs that a compiler makes."""
+        return len({self.tokens(sigma, num_tokens, tile) for sigma in self.sigmas})
 
     def __eq__(self, other: object) -> bool:
         return (
@@ -151,98 +190,3 @@ def _round_to_tile(k: int, num_tokens: int, tile: int) -> int:
     lower = k // tile * tile
     upper = min(lower + tile, num_tokens)
     return lower if lower and k - lower < upper - k else upper
-
-
-def solve_budget(
-    ratios: Tensor,
-    num_tokens: int,
-    budget: float,
-    tile: int = 1,
-    cost: Sequence[int] | Tensor | None = None,
-) -> Tensor:
-    """Round ratios to token counts in multiples of ``tile`` so that their total meets the budget.
-
-    Among the tables whose total cost comes closest to the budget (the lower one, if two do), this is one of those with
-    the smallest squared distance to the learned ratios.
-
-    Method, exact: adding tiles in the order of their price (increase of the squared distance per unit of cost) gives
-    the optimum for every total it passes; it stops less than one tile of the costliest layer below the budget. By an
-    exchange argument, between this table and the optimum at a nearby total no sequence of tile changes can come back to
-    the same total, so they are at most 3 * max(cost) tiles apart: dynamic programming over the cells in that small
-    neighbourhood finds it.
-
-    Args:
-        ratios: [S,L], the pruned layers only.
-        num_tokens: N, a multiple of ``tile``.
-        budget: the wanted total, as a share of the total of a dense model: in [tile / N, 1].
-        tile: tokens.
-        cost: relative cost of one token in each cell, as integers from 1 to 32, [L] or [S,L]: for blocks of unequal
-            cost, such as those with a second attention. None makes all equal.
-
-    Returns:
-        [S,L] int64, each entry a multiple of ``tile`` from ``tile`` to N.
-
-    Raises:
-        ValueError: an argument is out of range.
-    """
-    if ratios.ndim != 2 or ratios.numel() == 0 or not bool(((ratios >= 0) & (ratios <= 1)).all()):
-        raise ValueError(f"solve_budget: ratios has shape {tuple(ratios.shape)}, wanted [S,L] with entries in [0, 1]")
-    if tile < 1 or num_tokens < 1 or num_tokens % tile:
-        raise ValueError(f"solve_budget: tile is {tile}, wanted a divisor of num_tokens, which is {num_tokens}")
-    tiles = num_tokens // tile
-    if not 1 / tiles <= budget <= 1:
-        raise ValueError(f"solve_budget: budget is {budget}, wanted a share from tile / num_tokens = {1 / tiles} to 1")
-    price = torch.as_tensor(1 if cost is None else cost)
-    if price.is_floating_point() or not bool(((price >= 1) & (price <= MAX_COST)).all()):
-        raise ValueError(
-            f"solve_budget: cost is {price.tolist()}, wanted integers from 1 to {MAX_COST}: scale the costs and round"
-        )
-    S, L = ratios.shape
-    price = price.expand(S, L).reshape(-1).cpu()
-    price = price // math.gcd(*price.tolist())
-    wanted = ratios.reshape(-1).cpu().double() * tiles  # in tiles, like everything below
-
-    start, gap = _cheapest_tiles(wanted, price, tiles, budget * tiles * int(price.sum()))
-    change = _nearby_optimum(wanted - start, start, price, tiles, gap)
-    return ((start + change) * tile).reshape(S, L)
-
-
-def _cheapest_tiles(wanted: Tensor, price: Tensor, tiles: int, total: float) -> tuple[Tensor, float]:
-    """Start with one tile a cell and add the cheapest while the total allows; also returns what is left of it."""
-    level = torch.arange(1, tiles)
-    increase = (2 * level + 1 - 2 * wanted[:, None]) / price[
-        :, None
-    ]  # of the squared distance, from level to level + 1
-    cell = (torch.argsort(increase.flatten(), stable=True) // max(tiles - 1, 1)).long()
-    left = total - price.sum() - price[cell].cumsum(0)
-    # 1e-6 forgives a budget such as 0.6 whose product with the token count is a rounding error short of an integer.
-    taken = int((left > -1e-6).sum())
-    start = 1 + torch.bincount(cell[:taken], minlength=len(wanted))
-    return start, total - float((start * price).sum())
-
-
-def _nearby_optimum(offset: Tensor, start: Tensor, price: Tensor, tiles: int, gap: float) -> Tensor:
-    """The change of each cell with the least squared distance to ``offset`` whose total price is nearest to ``gap``."""
-    top = int(price.max())
-    reach = 3 * top  # of the change of one cell, in tiles
-    span = reach * top  # of the running total, in units of cost
-    change = torch.arange(-reach, reach + 1)
-    state = torch.arange(-span, span + 1)
-    best = torch.full((2 * span + 1,), torch.inf, dtype=torch.float64)
-    best[span] = 0
-    choices = []
-    for cell_offset, cell_start, cell_price in zip(offset, start, price, strict=True):
-        distance = (change - cell_offset).square()
-        distance[(cell_start + change < 1) | (cell_start + change > tiles)] = torch.inf
-        before = state - cell_price * change[:, None] + span  # [changes, states]
-        reachable = best[before.clamp(0, 2 * span)].masked_fill((before < 0) | (before > 2 * span), torch.inf)
-        best, choice = (reachable + distance[:, None]).min(dim=0)
-        choices.append(choice)
-
-    miss = (state - gap).abs().masked_fill(best.isinf(), torch.inf)
-    at = int(miss.argmin())
-    result = torch.empty_like(start)
-    for cell in reversed(range(len(start))):
-        result[cell] = change[choices[cell][at]]
-        at -= int(price[cell] * result[cell])
-    return result

@@ -28,6 +28,8 @@ class TrainConfig:
         adapter_rank: of the DoRA adapters; alpha equals it. 0 trains none.
         prompt_dropout: share of prompts replaced by the empty one.
         share, hidden: of the router, see :class:`shiva_ext.selection.RouterConfig`.
+        share_selection: whether the layers of a router also share what it selects, see
+            :class:`shiva_ext.artifact.ShivaArtifact`.
         table_levels: noise levels of the exported look-up table, evenly spread over (0, 1].
         seed: of everything random.
     """
@@ -57,6 +59,7 @@ class TrainConfig:
     prompt_dropout: float = 0.1
     share: int = 2
     hidden: int = 64
+    share_selection: bool = False
     table_levels: int = 20
     seed: int = 0
 

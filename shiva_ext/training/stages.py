@@ -64,17 +64,37 @@ class StudentPass:
     """
 
     def __init__(self, state: SelectionState, estimator: Estimator, ratios: Tensor, teacher: Teacher | None):
-        self.state, self.estimator, self.ratios, self.teacher = state, estimator, ratios, teacher
-        self.counts = ratios.detach().tolist()
+        self.state, self.estimator, self.teacher = state, estimator, teacher
+        self.ratios = self._together(ratios)
+        self.counts = self.ratios.detach().tolist()
+        self.scores: dict[int, tuple[int, Tensor]] = {}  # of layers that select together: the first one, and its scores
         self.outputs: dict[int, Tensor] = {}
         self.kept: dict[int, Tensor] = {}
+
+    def _together(self, ratios: Tensor) -> Tensor:
+        """Layers that select together keep the mean of their ratios."""
+        selector = self.state.selector
+        groups = [None if i < selector.first_layer else selector.group(i) for i in range(len(ratios))]
+        if not any(group is not None for group in groups):
+            return ratios
+        members = [[j for j, other in enumerate(groups) if other == group] for group in groups]
+        return torch.stack([ratios[i] if groups[i] is None else ratios[members[i]].mean() for i in range(len(ratios))])
+
+    def _scores(self, layer: int, x: Tensor) -> Tensor:
+        """The router learns from the estimator alone: its input carries no gradient back into the backbone."""
+        group = self.state.selector.group(layer)
+        first, scores = self.scores.get(group, (layer, None))
+        if first == layer:  # also when gradient checkpointing runs it again
+            scores = self.state.selector.scores(layer, x.detach(), 0.0, self.state.conditioning)
+        if group is not None:
+            self.scores[group] = first, scores
+        return scores
 
     def run_block(self, layer: int, x: Tensor, run):
         """Called by the block's hook with its image tokens; ``run`` is the block on given image tokens."""
         N, adapter = x.shape[1], self.state.adapter
         k = min(max(int(N * self.counts[layer]), 1), N)
-        # The router learns from the estimator alone: its input carries no gradient back into the backbone.
-        scores = self.state.selector.scores(layer, x.detach(), 0.0, self.state.conditioning)
+        scores = self._scores(layer, x)
         output = None
 
         def block(tokens: Tensor) -> Tensor:

@@ -72,7 +72,11 @@ class ShivaTrainer:
         self.budget_loss = BudgetLoss(config.budget, config.budget_weight).to(self.device)
         self.estimator = get_estimator(config.estimator)
         self.artifact = ShivaArtifact(
-            type(transformer).__name__, self.router, RatioTable.fixed(config.budget, self.num_layers), self.policy
+            type(transformer).__name__,
+            self.router,
+            RatioTable.fixed(config.budget, self.num_layers),
+            self.policy,
+            share_selection=config.share_selection,
         )
         self.state = hooks.SelectionState(self.artifact, adapter)
         self.layers = distilled_layers(self.num_layers, config.feature_every)
@@ -223,7 +227,9 @@ class ShivaTrainer:
         else:
             levels = [(i + 1) / config.table_levels for i in range(config.table_levels)]
             table = RatioTable.from_policy(self.policy, levels).with_budget(
-                config.budget, self.state.adapter.num_tokens(self.transformer)
+                config.budget,
+                self.state.adapter.num_tokens(self.transformer),
+                together=self.router.group_sizes() if config.share_selection else None,
             )
         adapter = None
         if self.lora is not None:
