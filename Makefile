@@ -81,7 +81,7 @@ index:
 
 # Changes the CUDA kernels in one place at a time and expects a test to fail; takes hours, and goes on where it stopped.
 mutate: build simt
-	PYTHONPATH=. $(BIN)/python -m python_tests.simt.mutate
+	PYTHONPATH=. $(BIN)/python -m python_tests.simt.mutate --report results/mutation.json
 
 # On a machine with a GPU, and TORCH set to a CUDA build of torch.
 bench-gpu: build

@@ -56,6 +56,12 @@ def test_in_place_refuses_a_base_whose_rows_share_memory():
         ops.token_scatter_(**arguments)
 
 
+def test_in_place_writes_into_a_single_row_of_any_stride():
+    base = place(torch.zeros(20)).as_strided((1, 5, 4), (0, 4, 1))
+    torch.ops.shiva.token_scatter_(base, place(torch.tensor([[3]])), place(torch.ones(1, 1, 4)))
+    assert base.sum(dim=(0, 2)).tolist() == [0, 0, 0, 4, 0]
+
+
 @pytest.mark.parametrize("name", ["base", "src"])
 def test_in_place_refuses_arguments_that_need_a_gradient(name):
     arguments = small()

@@ -52,6 +52,7 @@ FORMS = {
         "merged twice": Size(B=1, N=2049, k=1, D=1, H=1),
     },
     "token_gather of a table": {"several chunks": Size(B=2, N=4100, k=70, D=3, H=1)},
+    "token_scatter": {"several chunks": Size(B=2, N=4100, k=4099, D=1, H=1)},
     "residual_gate": {"long rows": Size(B=2, N=5, k=3, D=1544, H=1)},
     "counterfactual_scatter": {"long rows": Size(B=2, N=5, k=3, D=1544, H=1)},
     "scatter_residual": {"long rows": Size(B=2, N=40, k=33, D=1544, H=1)},

@@ -127,6 +127,7 @@ def test_soft_rank_sorts_rows_of_more_than_512_tokens(simulated, N, wanted):
         (16388, {}, "gather_modulate_wide_kernel<float, 4> 12 x 512"),
         (256, {"misaligned": True}, "gather_modulate_kernel<float, 1, 8, true> 2 x 256"),
         (256, {"row_stride": 258}, "gather_modulate_kernel<float, 1, 8, true> 2 x 256"),
+        (256, {"batch_stride": 8 * 256 + 2}, "gather_modulate_kernel<float, 1, 8, true> 2 x 256"),
         (254, {}, "gather_modulate_kernel<float, 1, 8, true> 2 x 256"),
         (257, {}, "gather_modulate_wide_kernel<float, 1> 12 x 512"),
     ],

@@ -1,7 +1,9 @@
 """The mutation run itself: what it changes, what it leaves alone, and that a switched-off mutant does no harm."""
 
+import json
 import os
 import subprocess
+from pathlib import Path
 
 import pytest
 
@@ -152,3 +154,11 @@ def test_a_mutant_gets_the_quickest_tests_of_every_group_within_the_time():
     tests = {"a1": ("a", 0.1), "a2": ("a", 0.2), "b1": ("b", 3.0), "c1": ("c", MOST_TIME), "a3": ("a", 0.3)}
     assert affordable(tests) == ["a1", "b1", "a2", "a3"]
     assert without_dtype("test_x[a-torch.float16-b]") == without_dtype("test_x[a-torch.float32-b]") != "test_x[a-b]"
+
+
+def test_only_mutants_that_exist_are_explained_as_survivors():
+    cuda = Path(__file__).parents[2] / "csrc" / "cuda"
+    ids = {mutant.id for file in cuda.iterdir() for mutant in mutants_of(file)}
+    explained = json.loads(Path(__file__).with_name("survivors.json").read_text())
+    assert set(explained) <= ids
+    assert len(explained) <= 0.05 * len(ids)
