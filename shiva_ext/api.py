@@ -1,7 +1,8 @@
 """One line to make a pipeline faster, and one to undo it."""
 
 import os
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
 
@@ -15,7 +16,7 @@ from .models import adapter_for
 from .scheduler_watch import SchedulerWatch
 from .selection import RatioTable, default_tile
 
-_HANDLE = "_shiva_ext_handle"
+_HANDLE, _ROUTER = "_shiva_ext_handle", "shiva_ext_router"
 
 
 class Handle:
@@ -51,6 +52,25 @@ class Handle:
         """
         self.state.at(sigma, fixed=True)
         return self
+
+    @contextmanager
+    def exportable(self) -> Iterator[nn.Module]:
+        """The transformer with the router among its modules, for ``torch.export``, which wants to own all weights.
+
+        The exported program is one denoising step at the noise level of :meth:`at`, with that step's token counts::
+
+            with handle.at(0.7).exportable() as transformer:
+                program = torch.export.export(transformer, (), inputs, strict=True)
+        """
+        if not self.state.quota:
+            raise RuntimeError("shiva_ext: an export is of one noise level's token counts; call handle.at(sigma) first")
+        router = getattr(self.state.selector, "router", None)
+        try:
+            if router is not None:
+                self.transformer.add_module(_ROUTER, router)
+            yield self.transformer
+        finally:
+            self.transformer._modules.pop(_ROUTER, None)
 
     def disable(self) -> None:
         """Restore the model bit for bit. Harmless if done before."""
@@ -199,7 +219,8 @@ def enable(
     disable(transformer)
     router = getattr(selector, "router", None)
     device = next(transformer.parameters()).device
-    if router is not None and device.type != "meta":  # on meta are the weights of an offloaded model
+    # On meta are the weights of an offloaded model.
+    if router is not None and device.type != "meta" and next(router.parameters()).device != device:
         router.to(device)
     state = hooks.SelectionState(selector, adapter_for(transformer), tile, bool(batched_guidance))
     handle = Handle(transformer, state)
