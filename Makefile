@@ -12,7 +12,13 @@ READY := $(VENV)/.ready
 SIMT := build/simt/.ready
 SOURCES := $(shell find csrc cmake -type f) CMakeLists.txt pyproject.toml
 
-.PHONY: demo test build simt lint format wheels index mutate bench-gpu clean always
+# The tests run on up to four cores, a thread each. With a GPU on one: some measure its memory.
+ifneq ($(SHIVA_REQUIRE_CUDA),1)
+TEST_ENVIRONMENT := OMP_NUM_THREADS=1
+TEST_OPTIONS := -n auto --maxprocesses 4 --dist worksteal
+endif
+
+.PHONY: demo test build simt lint format wheels index mutate bench-micro bench-gpu clean always
 .DEFAULT_GOAL := build
 
 demo: build
@@ -21,7 +27,7 @@ demo: build
 
 test: build simt
 	@echo "== running the tests =="
-	$(BIN)/python -m pytest python_tests
+	$(TEST_ENVIRONMENT) $(BIN)/python -m pytest python_tests $(TEST_OPTIONS)
 
 build: $(READY)
 
@@ -63,13 +69,13 @@ lint: build
 	$(BIN)/python -m pip install --quiet "ruff==0.17.6" "clang-format==23.1.5"
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
-	$(BIN)/clang-format --dry-run --Werror $$(git ls-files 'csrc/*.h' 'csrc/*.cpp' 'csrc/*.cu' 'csrc/*.cuh')
+	$(BIN)/clang-format --dry-run --Werror $$(git ls-files 'csrc/*.h' 'csrc/*.cpp' 'csrc/*.cu' 'csrc/*.cuh' 'benchmarks/micro/*')
 
 format: build
 	$(BIN)/python -m pip install --quiet "ruff==0.17.6" "clang-format==23.1.5"
 	$(BIN)/ruff check --fix .
 	$(BIN)/ruff format .
-	$(BIN)/clang-format -i $$(git ls-files 'csrc/*.h' 'csrc/*.cpp' 'csrc/*.cu' 'csrc/*.cuh')
+	$(BIN)/clang-format -i $$(git ls-files 'csrc/*.h' 'csrc/*.cpp' 'csrc/*.cu' 'csrc/*.cuh' 'benchmarks/micro/*')
 
 # Wheels into dist/, one without CUDA and one for the nvcc at hand; then a package index over them.
 wheels: build
@@ -79,9 +85,18 @@ wheels: build
 index:
 	$(PYTHON) .ci/index.py
 
-# Changes the CUDA kernels in one place at a time and expects a test to fail; takes hours, and goes on where it stopped.
+# Changes the CUDA kernels in one place at a time and expects a test to fail; about an hour, and goes on where it stopped.
 mutate: build simt
 	PYTHONPATH=. $(BIN)/python -m python_tests.simt.mutate --report results/mutation.json
+
+# The CPU kernels by themselves, on Google Benchmark (Debian: libbenchmark-dev): medians and quantiles of five runs.
+bench-micro: build
+	@$(BIN)/cmake -S . -B build/micro -G Ninja -DCMAKE_MAKE_PROGRAM=$(abspath $(BIN)/ninja) -DSHIVA_BUILD_MICRO=ON \
+		-DSHIVA_WITH_CUDA=OFF -DPython_EXECUTABLE=$(abspath $(BIN)/python) \
+		-Dpybind11_DIR=$$($(BIN)/python -m pybind11 --cmakedir) > build/micro.log || (cat build/micro.log && false)
+	@$(BIN)/ninja -C build/micro micro
+	@for program in $$(ls build/micro/bench_* | grep -v json); do $$program --benchmark_repetitions=5 --benchmark_report_aggregates_only=true \
+		--benchmark_min_time=0.05 --benchmark_out=$$program.json --benchmark_out_format=json || exit 1; done
 
 # On a machine with a GPU, and TORCH set to a CUDA build of torch.
 bench-gpu: build

@@ -1,0 +1,7 @@
+"""Where the tests begin: the long ones first, so that several workers end at about the same time."""
+
+LONG = ("test_simulated.py", "test_compile.py", "test_registration.py", "test_simt.py")
+
+
+def pytest_collection_modifyitems(items):
+    items.sort(key=lambda item: LONG.index(item.path.name) if item.path.name in LONG else len(LONG))
