@@ -20,7 +20,7 @@ std::tuple<Tensor, Tensor, Tensor> counterfactual_scatter_backward(
   const Tokens t = check_counterfactual_scatter_backward(
       "counterfactual_scatter_backward", grad, base, kept, src, update, kappa, kPlace);
   const int64_t N = t.N;
-  Tensor grad_inclusion = torch::stable::new_empty(base, {t.B, N}, accumulate_type(base));
+  Tensor grad_inclusion = new_empty(base, {t.B, N}, accumulate_type(base));
   const Tensor dense_grad = with_dense_channels(grad), dense_base = with_dense_channels(base);
   const Tensor dense_src = with_dense_channels(src), dense_update = with_dense_channels(update);
   const Rows grads = rows_of(dense_grad), bases = rows_of(dense_base);

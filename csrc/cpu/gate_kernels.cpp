@@ -1,5 +1,7 @@
 #include "cpu/gate_kernels.h"
 
+#include <cstddef>
+
 #include "cpu/scalar.h"
 
 namespace shiva::cpu::SHIVA_ISA {
@@ -22,9 +24,12 @@ void residual_gate_row(
         sum += load(gate_grad[d]) * load(x[d]);
       }
     } else {
+      // Together with the sum, a loop would copy half precisions one by one.
+      constexpr bool kTogether = std::is_same_v<T, A>;
+      if constexpr (!kTogether) __builtin_memcpy(grad_x, base_grad, static_cast<size_t>(D) * sizeof(T));
 #pragma omp simd reduction(- : sum)
       for (int64_t d = 0; d < D; ++d) {
-        grad_x[d] = base_grad[d];
+        if constexpr (kTogether) grad_x[d] = base_grad[d];
         sum -= load(base_grad[d]) * load(x[d]);
       }
     }

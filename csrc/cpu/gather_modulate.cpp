@@ -10,7 +10,7 @@ namespace {
 Tensor gather_modulate(const Tensor& x, const Tensor& index, const Tensor& shift, const Tensor& scale, double eps) {
   const Tokens t = check_gather_modulate("gather_modulate", x, index, shift, scale, eps, kPlace);
   const int64_t k = t.k, D = t.D, row_bytes = t.row_bytes;
-  Tensor out = torch::stable::new_empty(x, {t.B, k, D});
+  Tensor out = new_empty(x, {t.B, k, D});
   const Tensor dense = with_dense_channels(x);
   const Tensor shifts = torch::stable::contiguous(shift), scales = torch::stable::contiguous(scale);
   const Rows rows = rows_of(dense);
@@ -32,7 +32,7 @@ std::tuple<Tensor, Tensor, Tensor> gather_modulate_backward(
   const Tokens t = check_gather_modulate_backward("gather_modulate_backward", grad, x, index, scale, eps, kPlace);
   const int64_t B = t.B, k = t.k, D = t.D, row_bytes = t.row_bytes;
   Tensor grad_x = torch::stable::new_zeros(x, {B, t.N, D});
-  Tensor grad_shift = torch::stable::new_empty(x, {B, D}), grad_scale = torch::stable::new_empty(x, {B, D});
+  Tensor grad_shift = new_empty(x, {B, D}), grad_scale = new_empty(x, {B, D});
   const int64_t chunks = ceil_div(k, kSumRows);
   // [B, chunks, 2, D]: chunks are fixed, so the sums do not depend on the number of threads.
   Tensor partial = torch::stable::new_zeros(x, {B, chunks, 2, D}, accumulate_type(x));

@@ -7,11 +7,16 @@ namespace {
 
 constexpr int64_t kRows = 4;      // rows that share one read of b
 constexpr int64_t kColumns = 64;  // columns whose sums stay in registers
+constexpr int64_t kDepth = 128;   // of a sum, before its columns of b leave the cache
 
-// out[r, c] = sum over l of a(r, l) * b[l, c] for r < rows <= kRows and c < columns <= kColumns.
+// out[r, c] = (add: out[r, c] +) sum over l of a(r, l) * b[l, c] for r < rows <= kRows and c < columns <= kColumns.
 template <typename T, typename A>
-void tile(const A& a, const T* b, int64_t b_stride, int64_t rows, int64_t columns, int64_t L, T* out, int64_t stride) {
+void tile(
+    const A& a, const T* b, int64_t b_stride, int64_t rows, int64_t columns, int64_t L, bool add, T* out,
+    int64_t stride) {
   T sum[kRows][kColumns] = {};
+  for (int64_t r = 0; r < rows && add; ++r)
+    for (int64_t c = 0; c < columns; ++c) sum[r][c] = out[r * stride + c];
   if (rows == kRows && columns == kColumns) {
     for (int64_t l = 0; l < L; ++l)
       for (int64_t r = 0; r < kRows; ++r) {
@@ -34,20 +39,29 @@ inline int64_t smaller(int64_t a, int64_t b) { return a < b ? a : b; }
 
 template <typename T>
 void rows_product(const T* a, const T* b, int64_t begin, int64_t end, int64_t L, int64_t N, T* out) {
-  for (int64_t i = begin; i < end; i += kRows)
+  const auto at = [&](int64_t i, int64_t n) {
+    tile(
+        [&](int64_t r, int64_t l) { return a[(i + r) * L + l]; }, b + n, N, smaller(kRows, end - i),
+        smaller(kColumns, N - n), L, false, out + i * N + n, N);
+  };
+  if (L <= kDepth) {  // then the columns of b stay in the cache for all rows
     for (int64_t n = 0; n < N; n += kColumns)
-      tile(
-          [&](int64_t r, int64_t l) { return a[(i + r) * L + l]; }, b + n, N, smaller(kRows, end - i),
-          smaller(kColumns, N - n), L, out + i * N + n, N);
+      for (int64_t i = begin; i < end; i += kRows) at(i, n);
+  } else {
+    for (int64_t i = begin; i < end; i += kRows)
+      for (int64_t n = 0; n < N; n += kColumns) at(i, n);
+  }
 }
 
 template <typename T>
 void columns_product(const T* a, const T* b, int64_t begin, int64_t end, int64_t L, int64_t M, int64_t N, T* out) {
   for (int64_t n = begin; n < end; n += kColumns)
-    for (int64_t m = 0; m < M; m += kRows)
-      tile(
-          [&](int64_t r, int64_t l) { return a[l * M + m + r]; }, b + n, N, smaller(kRows, M - m),
-          smaller(kColumns, end - n), L, out + m * N + n, N);
+    for (int64_t first = 0; first < L || first == 0; first += kDepth)
+      for (int64_t m = 0; m < M; m += kRows)
+        tile(
+            [&](int64_t r, int64_t l) { return a[(first + l) * M + m + r]; }, b + first * N + n, N,
+            smaller(kRows, M - m), smaller(kColumns, end - n), smaller(kDepth, L - first), first > 0, out + m * N + n,
+            N);
 }
 
 }  // namespace

@@ -1,5 +1,6 @@
 #include "cpu/launch.h"
 
+#include <algorithm>
 #include <cstring>
 
 namespace shiva::cpu {
@@ -8,6 +9,24 @@ Rows rows_of(const Tensor& t) {
   const int64_t size = static_cast<int64_t>(t.element_size());
   const int64_t tokens = t.dim() - 2;
   return {data<char>(t), t.dim() == 3 ? t.stride(0) * size : 0, t.stride(tokens) * size};
+}
+
+Tensor new_empty(const Tensor& like, std::initializer_list<int64_t> sizes) {
+  return new_empty(like, sizes, like.scalar_type());
+}
+
+Tensor new_empty(const Tensor&, std::initializer_list<int64_t> sizes, ScalarType type) {
+  std::vector<int64_t> strides(sizes.size());
+  int64_t stride = 1;
+  for (size_t d = sizes.size(); d-- > 0;) {
+    strides[d] = stride;
+    stride *= std::max<int64_t>(sizes.begin()[d], 1);
+  }
+  AtenTensorHandle handle = nullptr;
+  TORCH_ERROR_CODE_CHECK(aoti_torch_empty_strided(
+      static_cast<int64_t>(sizes.size()), sizes.begin(), strides.data(),
+      torch::stable::detail::to<int32_t>(torch::stable::detail::from(type)), aoti_torch_device_type_cpu(), 0, &handle));
+  return Tensor(handle);
 }
 
 std::vector<int64_t> inverse_index(const Tensor& index, int64_t n) {
@@ -22,7 +41,7 @@ std::vector<int64_t> inverse_index(const Tensor& index, int64_t n) {
 Tensor replace_rows(const Tensor& base, const Tensor& kept, const Tensor& src) {
   const int64_t B = base.size(0), N = base.size(1), D = base.size(2);
   const int64_t row_bytes = D * static_cast<int64_t>(base.element_size());
-  Tensor out = torch::stable::new_empty(base, {B, N, D});
+  Tensor out = new_empty(base, {B, N, D});
   const Tensor dense_base = with_dense_channels(base), dense_src = with_dense_channels(src);
   const Rows base_rows = rows_of(dense_base), src_rows = rows_of(dense_src);
   const std::vector<int64_t> position = inverse_index(kept, N);
@@ -40,8 +59,8 @@ Tensor replace_rows(const Tensor& base, const Tensor& kept, const Tensor& src) {
 std::tuple<Tensor, Tensor> split_rows(const Tensor& x, const Tensor& kept) {
   const int64_t B = x.size(0), N = x.size(1), D = x.size(2), k = kept.size(1);
   const int64_t row_bytes = D * static_cast<int64_t>(x.element_size());
-  Tensor rest = torch::stable::new_empty(x, {B, N, D});
-  Tensor rows = torch::stable::new_empty(x, {B, k, D});
+  Tensor rest = new_empty(x, {B, N, D});
+  Tensor rows = new_empty(x, {B, k, D});
   const Tensor dense = with_dense_channels(x);
   const Rows from = rows_of(dense);
   const std::vector<int64_t> position = inverse_index(kept, N);

@@ -6,6 +6,7 @@
 #include <torch/csrc/stable/tensor.h>
 
 #include <cstdint>
+#include <initializer_list>
 #include <tuple>
 #include <vector>
 
@@ -28,6 +29,11 @@ struct Rows {
   char* at(int64_t b, int64_t n) const { return data + offset2(b, batch_stride, n, row_stride); }
 };
 Rows rows_of(const Tensor& t);  // [B, N, D] or [N, D] (then the batch stride is 0)
+
+// An uninitialised contiguous CPU tensor of like's dtype, or another. Half a microsecond less than torch::stable's,
+// which looks its op up by name.
+Tensor new_empty(const Tensor& like, std::initializer_list<int64_t> sizes);
+Tensor new_empty(const Tensor& like, std::initializer_list<int64_t> sizes, ScalarType type);
 
 // position[b, n] = place of token n in index row b, or -1 where it is absent. index is int64 [B, k], contiguous.
 std::vector<int64_t> inverse_index(const Tensor& index, int64_t n);

@@ -10,8 +10,8 @@ namespace {
 std::tuple<Tensor, Tensor> residual_gate(const Tensor& x, const Tensor& inclusion, const Tensor& kept) {
   const Tokens t = check_residual_gate("residual_gate", x, inclusion, kept, kPlace);
   const int64_t B = t.B, N = t.N, k = t.k, row_bytes = t.row_bytes;
-  Tensor selected = torch::stable::new_empty(x, {B, k, t.D});
-  Tensor base = torch::stable::new_empty(x, {B, N, t.D});
+  Tensor selected = new_empty(x, {B, k, t.D});
+  Tensor base = new_empty(x, {B, N, t.D});
   const Tensor dense = with_dense_channels(x);
   const Rows from = rows_of(dense);
   const std::vector<int64_t> position = inverse_index(t.index, N);
@@ -34,8 +34,8 @@ std::tuple<Tensor, Tensor> residual_gate_backward(
     const Tensor& grad_selected, const Tensor& grad_base, const Tensor& x, const Tensor& kept) {
   const Tokens t = check_residual_gate_backward("residual_gate_backward", grad_selected, grad_base, x, kept, kPlace);
   const int64_t B = t.B, N = t.N, D = t.D, row_bytes = t.row_bytes;
-  Tensor grad_x = torch::stable::new_empty(x, {B, N, D});
-  Tensor grad_inclusion = torch::stable::new_empty(x, {B, N}, accumulate_type(x));
+  Tensor grad_x = new_empty(x, {B, N, D});
+  Tensor grad_inclusion = new_empty(x, {B, N}, accumulate_type(x));
   const Tensor dense_x = with_dense_channels(x), dense_base = with_dense_channels(grad_base);
   const Tensor dense_selected = with_dense_channels(grad_selected);
   const Rows xs = rows_of(dense_x), bases = rows_of(dense_base), gates = rows_of(dense_selected);

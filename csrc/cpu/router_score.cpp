@@ -28,7 +28,7 @@ Router check(
     const char* op, const Tensor& x, const Tensor& context, const Tensor& w_in, const Tensor& ln_weight,
     const Tensor& ln_bias, const Tensor& w_out, double eps) {
   Router r{check_router_score(op, x, context, w_in, ln_weight, ln_bias, w_out, eps, kPlace), {}, 0};
-  r.weight = torch::stable::new_empty(r.w_out, {r.H});
+  r.weight = new_empty(r.w_out, {r.H});
   if (r.dtype == Dtype::Float64)
     fold<double>(r);
   else
@@ -46,7 +46,7 @@ bool own_gemm(const Router& r) { return r.dtype == Dtype::Float32 || r.dtype == 
 Tensor multiply(const Router& r, const Tensor& a, const Tensor& b) {
   if (!own_gemm(r)) return torch::stable::contiguous(torch::stable::matmul(a, b));
   const int64_t M = a.size(0), L = a.size(1), N = b.size(1);
-  Tensor out = torch::stable::new_empty(a, {M, N});
+  Tensor out = new_empty(a, {M, N});
   parallel(ceil_div(M, kGemmRows), kGemmRows * L * N, [&](int64_t begin, int64_t end) {
     SHIVA_CALL_KERNEL(
         matmul_rows, r.dtype, a.data_ptr(), b.data_ptr(), begin * kGemmRows, std::min(end * kGemmRows, M), L, N,
@@ -59,7 +59,7 @@ Tensor multiply(const Router& r, const Tensor& a, const Tensor& b) {
 Tensor multiply_transposed(const Router& r, const Tensor& a, const Tensor& b) {
   if (!own_gemm(r)) return torch::stable::matmul(torch::stable::transpose(a, 0, 1), b);
   const int64_t L = a.size(0), M = a.size(1), N = b.size(1);
-  Tensor out = torch::stable::new_empty(a, {M, N});
+  Tensor out = new_empty(a, {M, N});
   parallel(ceil_div(N, kGemmColumns), kGemmColumns * L * M, [&](int64_t begin, int64_t end) {
     SHIVA_CALL_KERNEL(
         matmul_transposed_columns, r.dtype, a.data_ptr(), b.data_ptr(), begin * kGemmColumns,
@@ -83,7 +83,7 @@ Tensor router_score(
     const Tensor& x, const Tensor& context, const Tensor& w_in, const Tensor& ln_weight, const Tensor& ln_bias,
     const Tensor& w_out, double eps) {
   const Router r = check("router_score", x, context, w_in, ln_weight, ln_bias, w_out, eps);
-  Tensor scores = torch::stable::new_empty(x, {r.B, r.N}, accumulate_type(x));
+  Tensor scores = new_empty(x, {r.B, r.N}, accumulate_type(x));
   if (scores.numel() == 0) return scores;
   const Tensor hidden = project(r, flatten_tokens(r, x), w_in);
   const int64_t row_bytes = r.H * static_cast<int64_t>(x.element_size());
@@ -138,10 +138,10 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> router_score_backward
   const int64_t chunks = ceil_div(r.N, kSumRows);
   Tensor context_sums = torch::stable::new_zeros(x, {r.B * chunks, r.H}, acc);
   Tensor normal_sums = torch::stable::new_zeros(x, {r.B * chunks, r.H}, acc);
-  Tensor grad_context = torch::stable::new_empty(x, {r.B, r.H}, acc);
-  Tensor grad_ln_weight = torch::stable::new_empty(x, {r.H}, acc);
-  Tensor grad_ln_bias = torch::stable::new_empty(x, {r.H}, acc);
-  Tensor grad_w_out = torch::stable::new_empty(x, {r.H}, acc);
+  Tensor grad_context = new_empty(x, {r.B, r.H}, acc);
+  Tensor grad_ln_weight = new_empty(x, {r.H}, acc);
+  Tensor grad_ln_bias = new_empty(x, {r.H}, acc);
+  Tensor grad_w_out = new_empty(x, {r.H}, acc);
   const Tensor flat_x = flatten_tokens(r, x);
   const Tensor hidden = project(r, flat_x, w_in);  // becomes the gradient at the pre-activation
   const int64_t row_bytes = r.H * static_cast<int64_t>(x.element_size());

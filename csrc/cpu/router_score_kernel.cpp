@@ -5,13 +5,13 @@
 namespace shiva::cpu::SHIVA_ISA {
 namespace {
 
-// a = SiLU(hidden + context); returns its mean and 1 / sqrt(variance + eps).
+// a = SiLU(hidden + context); returns its mean, 1 / sqrt(variance + eps) and <a - mean, weight>.
 template <typename T>
 void activate(
-    const T* hidden, const acc_t<T>* context, int64_t H, double eps, acc_t<T>* a, acc_t<T>* mean,
-    acc_t<T>* inverse_std) {
+    const T* hidden, const acc_t<T>* context, const acc_t<T>* weight, int64_t H, double eps, acc_t<T>* a,
+    acc_t<T>* mean, acc_t<T>* inverse_std, acc_t<T>* dot) {
   using A = acc_t<T>;
-  A sum = 0, square = 0;
+  A sum = 0, square = 0, product = 0;
 #pragma omp simd reduction(+ : sum)
   for (int64_t h = 0; h < H; ++h) {
     const A v = load(hidden[h]) + context[h];
@@ -19,9 +19,13 @@ void activate(
     sum += a[h];
   }
   const A m = sum / static_cast<A>(H);
-#pragma omp simd reduction(+ : square)
-  for (int64_t h = 0; h < H; ++h) square += (a[h] - m) * (a[h] - m);
+#pragma omp simd reduction(+ : square, product)
+  for (int64_t h = 0; h < H; ++h) {
+    square += (a[h] - m) * (a[h] - m);
+    product += (a[h] - m) * weight[h];
+  }
   *mean = m;
+  *dot = product;
   *inverse_std = A(1) / static_cast<A>(__builtin_sqrt(square / static_cast<A>(H) + static_cast<A>(eps)));
 }
 
@@ -38,10 +42,8 @@ void router_epilogue(
     const A* weight = static_cast<const A*>(weight_row);
     A* a = static_cast<A*>(scratch);
     for (int64_t i = 0; i < rows; ++i) {
-      A mean, inverse_std, dot = 0;
-      activate(hidden + i * H, context, H, eps, a, &mean, &inverse_std);
-#pragma omp simd reduction(+ : dot)
-      for (int64_t h = 0; h < H; ++h) dot += (a[h] - mean) * weight[h];
+      A mean, inverse_std, dot;
+      activate(hidden + i * H, context, weight, H, eps, a, &mean, &inverse_std, &dot);
       static_cast<A*>(scores)[i] = dot * inverse_std + static_cast<A>(offset);
     }
   });
@@ -66,11 +68,9 @@ void router_epilogue_backward(
     const A mean_weight = weight_total / static_cast<A>(H);
     for (int64_t i = 0; i < rows; ++i) {
       T* row = hidden + i * H;
-      A mean, inverse_std, dot = 0;
-      activate(row, context, H, eps, a, &mean, &inverse_std);
-#pragma omp simd reduction(+ : dot)
-      for (int64_t h = 0; h < H; ++h) dot += (a[h] - mean) * inverse_std * weight[h];
-      const A mean_dot = dot / static_cast<A>(H), g = grad[i];
+      A mean, inverse_std, dot;
+      activate(row, context, weight, H, eps, a, &mean, &inverse_std, &dot);
+      const A mean_dot = dot * inverse_std / static_cast<A>(H), g = grad[i];
 #pragma omp simd
       for (int64_t h = 0; h < H; ++h) {
         const A normal = (a[h] - mean) * inverse_std;

@@ -12,7 +12,7 @@ Tensor scatter_residual(const Tensor& base, const Tensor& index, const Tensor& u
   constexpr char op[] = "scatter_residual";
   const Tokens t = check_scatter_residual(op, "base", base, index, update, gate, kPlace);
   const int64_t B = t.B, N = t.N, D = t.D, row_bytes = t.row_bytes;
-  Tensor out = torch::stable::new_empty(base, {B, N, D});
+  Tensor out = new_empty(base, {B, N, D});
   const Tensor dense = with_dense_channels(base), dense_update = with_dense_channels(update);
   const Tensor gates = torch::stable::contiguous(gate);
   const Rows bases = rows_of(dense), updates = rows_of(dense_update);
@@ -38,8 +38,8 @@ std::tuple<Tensor, Tensor> scatter_residual_backward(
   constexpr char op[] = "scatter_residual_backward";
   const Tokens t = check_scatter_residual(op, "grad", grad, index, update, gate, kPlace);
   const int64_t B = t.B, D = t.D, k = t.k, row_bytes = t.row_bytes, chunks = ceil_div(k, kSumRows);
-  Tensor grad_update = torch::stable::new_empty(grad, {B, k, D});
-  Tensor grad_gate = torch::stable::new_empty(grad, {B, D});
+  Tensor grad_update = new_empty(grad, {B, k, D});
+  Tensor grad_gate = new_empty(grad, {B, D});
   Tensor partial = torch::stable::new_zeros(grad, {B, chunks, D}, accumulate_type(grad));
   const int64_t partial_bytes = D * static_cast<int64_t>(partial.element_size());
   const Tensor dense = with_dense_channels(grad), dense_update = with_dense_channels(update);

@@ -6,6 +6,7 @@
 
 #include "cpu/launch.h"
 #include "cpu/soft_rank_kernel.h"
+#include "cpu/soft_rank_moments.h"
 
 namespace shiva::cpu {
 namespace {
@@ -49,27 +50,50 @@ void fill_infinite(const SortedRow<T>& row, int64_t n, T lone_low, T lone_high, 
   for (int64_t i = row.high; i < n; ++i) out[row.order[i]] = n - row.high > 1 ? nan : lone_high;
 }
 
+template <typename T>
+bool by_moments(const T*, const T*, int64_t, double, T*) {
+  return false;  // float64 wants more digits than the moments give
+}
+bool by_moments(const float* grad, const float* scores, int64_t n, double tau, float* out) {
+  if (std::any_of(scores, scores + n, [](float s) { return std::isnan(s); })) return false;
+  return grad == nullptr ? soft_rank_by_moments(scores, n, tau, out)
+                         : soft_rank_backward_by_moments(grad, scores, n, tau, out);
+}
+
+// grad: null forward. lone_low and lone_high: see fill_infinite.
 template <typename T, typename Compute>
-void run(const Tensor& dense, const Tensor& out, const Compute& compute) {
+void run(const T* grad, const Tensor& dense, double tau, T lone_low, T lone_high, T* out, const Compute& compute) {
   const int64_t B = dense.size(0), N = dense.size(1);
   if (B == 0 || N == 0) return;
   for (int64_t b = 0; b < B; ++b) {
     const T* scores = data<T>(dense) + b * N;
-    T* result = data<T>(out) + b * N;
+    T* result = out + b * N;
+    if (by_moments(grad == nullptr ? nullptr : grad + b * N, scores, N, tau, result)) {
+      const int64_t low = std::count(scores, scores + N, -std::numeric_limits<T>::infinity());
+      const int64_t high = std::count(scores, scores + N, std::numeric_limits<T>::infinity());
+      const T nan = std::numeric_limits<T>::quiet_NaN();
+      for (int64_t i = 0; i < N && low + high > 0; ++i)
+        if (std::isinf(scores[i]))
+          result[i] = scores[i] < 0 ? (low > 1 ? nan : lone_low) : (high > 1 ? nan : lone_high);
+      continue;
+    }
     const SortedRow<T> row = N > 1 ? sort_row(scores, N) : SortedRow<T>{{T(0)}, {0}, 0, 1, false};
-    if (row.has_nan)
+    if (row.has_nan) {
       std::fill(result, result + N, std::numeric_limits<T>::quiet_NaN());
-    else
+    } else {
+      fill_infinite(row, N, lone_low, lone_high, result);
       compute(row, b, N, result);
+    }
   }
 }
 
 template <typename T>
 void forward(const Tensor& dense, const Tensor& out, Dtype dtype, double tau) {
-  run<T>(dense, out, [&](const SortedRow<T>& row, int64_t, int64_t N, T* result) {
+  const T* none = nullptr;
+  const T last = static_cast<T>(dense.size(1));
+  run<T>(none, dense, tau, last, T(1), data<T>(out), [&](const SortedRow<T>& row, int64_t, int64_t N, T* result) {
     const int64_t finite = row.high - row.low;
     const T above = static_cast<T>(N - row.high);
-    fill_infinite(row, N, static_cast<T>(N), T(1), result);
     parallel(ceil_div(finite, kChunk), kChunk * finite, [&](int64_t begin, int64_t end) {
       const std::unique_ptr<T[]> scratch(new T[static_cast<size_t>(finite)]);
       const std::unique_ptr<T[]> ranks(new T[static_cast<size_t>(finite)]);
@@ -85,12 +109,11 @@ void forward(const Tensor& dense, const Tensor& out, Dtype dtype, double tau) {
 
 template <typename T>
 void backward(const Tensor& grad, const Tensor& dense, const Tensor& out, Dtype dtype, double tau) {
-  run<T>(dense, out, [&](const SortedRow<T>& row, int64_t b, int64_t N, T* result) {
+  const auto by_windows = [&](const SortedRow<T>& row, int64_t b, int64_t N, T* result) {
     const int64_t finite = row.high - row.low;
     const T* row_grad = data<T>(grad) + b * N;
     std::vector<T> sorted_grad(static_cast<size_t>(finite));
     for (int64_t i = 0; i < finite; ++i) sorted_grad[i] = row_grad[row.order[row.low + i]];
-    fill_infinite(row, N, T(0), T(0), result);
     parallel(ceil_div(finite, kChunk), kChunk * finite, [&](int64_t begin, int64_t end) {
       const std::unique_ptr<T[]> scratch(new T[static_cast<size_t>(finite)]);
       const std::unique_ptr<T[]> grads(new T[static_cast<size_t>(finite)]);
@@ -101,14 +124,15 @@ void backward(const Tensor& grad, const Tensor& dense, const Tensor& out, Dtype 
             std::min(i + kChunk, last), tau, scratch.get(), grads.get());
       for (int64_t i = first; i < last; ++i) result[row.order[row.low + i]] = grads[i];
     });
-  });
+  };
+  run<T>(data<T>(grad), dense, tau, T(0), T(0), data<T>(out), by_windows);
 }
 
 Tensor soft_rank(const Tensor& scores, double tau) {
   check_soft_rank("soft_rank", scores, tau, kPlace);
   const ScalarType type = accumulate_type(scores);
   const Tensor dense = torch::stable::contiguous(torch::stable::to(scores, type));
-  Tensor out = torch::stable::new_empty(scores, {scores.size(0), scores.size(1)}, type);
+  Tensor out = new_empty(scores, {scores.size(0), scores.size(1)}, type);
   if (type == ScalarType::Double)
     forward<double>(dense, out, Dtype::Float64, tau);
   else
@@ -121,7 +145,7 @@ Tensor soft_rank_backward(const Tensor& grad, const Tensor& scores, double tau) 
   const ScalarType type = accumulate_type(scores);
   const Tensor dense = torch::stable::contiguous(torch::stable::to(scores, type));
   const Tensor dense_grad = torch::stable::contiguous(torch::stable::to(grad, type));
-  Tensor out = torch::stable::new_empty(scores, {scores.size(0), scores.size(1)}, type);
+  Tensor out = new_empty(scores, {scores.size(0), scores.size(1)}, type);
   if (type == ScalarType::Double)
     backward<double>(dense_grad, dense, out, Dtype::Float64, tau);
   else

@@ -10,7 +10,7 @@ namespace {
 Tensor token_gather(const Tensor& x, const Tensor& index) {
   const Tokens t = check_token_gather("token_gather", x, index, kPlace);
   const int64_t k = t.k, row_bytes = t.row_bytes;
-  Tensor out = torch::stable::new_empty(x, {t.B, k, t.D});
+  Tensor out = new_empty(x, {t.B, k, t.D});
   const Tensor dense = with_dense_channels(x);
   const Rows from = rows_of(dense);
   const int64_t* tokens = data<int64_t>(t.index);
@@ -30,7 +30,7 @@ Tensor token_gather_backward(const Tensor& grad, const Tensor& index, int64_t n,
   const Rows from = rows_of(dense);
   const std::vector<int64_t> position = inverse_index(t.index, n);
   if (broadcast) {
-    Tensor out = torch::stable::new_empty(grad, {n, D});
+    Tensor out = new_empty(grad, {n, D});
     char* to = data<char>(out);
     parallel(n, (B + 1) * row_bytes, [&](int64_t begin, int64_t end) {
       std::vector<double> sum(static_cast<size_t>(D));
@@ -41,7 +41,7 @@ Tensor token_gather_backward(const Tensor& grad, const Tensor& index, int64_t n,
     });
     return out;
   }
-  Tensor out = torch::stable::new_empty(grad, {B, n, D});
+  Tensor out = new_empty(grad, {B, n, D});
   char* to = data<char>(out);
   parallel(B * n, 2 * row_bytes, [&](int64_t begin, int64_t end) {
     for (int64_t i = begin; i < end; ++i) {

@@ -10,12 +10,12 @@ std::tuple<Tensor, Tensor> topk_select(const Tensor& scores, int64_t k) {
   const Scores checked = check_topk_select("topk_select", scores, k, kPlace);
   const int64_t B = checked.B, N = checked.N;
   const Tensor dense = torch::stable::contiguous(scores);
-  Tensor kept = torch::stable::new_empty(scores, {B, k}, ScalarType::Long);
-  Tensor rejected = torch::stable::new_empty(scores, {B, N - k}, ScalarType::Long);
+  Tensor kept = new_empty(scores, {B, k}, ScalarType::Long);
+  Tensor rejected = new_empty(scores, {B, N - k}, ScalarType::Long);
   const int64_t row_bytes = N * static_cast<int64_t>(scores.element_size());
   const char* in = data<char>(dense);
-  parallel(B, 8 * row_bytes, [&](int64_t begin, int64_t end) {
-    const std::unique_ptr<uint64_t[]> keys(new uint64_t[static_cast<size_t>(2 * N)]);
+  parallel(B, 8 * N, [&](int64_t begin, int64_t end) {
+    const std::unique_ptr<char[]> keys(new char[static_cast<size_t>(2 * row_bytes)]);
     for (int64_t b = begin; b < end; ++b) {
       int64_t* kept_row = data<int64_t>(kept) + b * k;
       int64_t* rejected_row = data<int64_t>(rejected) + b * (N - k);

@@ -1,0 +1,343 @@
+"""The cases of bench_ops.py: what is timed, what it is checked against, who the rivals are, and the goals."""
+
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field
+
+import torch
+import torch.nn.functional as F
+
+from shiva_ext import reference
+
+shiva = torch.ops.shiva
+SHAPES = ((2, 1024), (2, 4096), (2, 16384), (1, 65536))
+QUICK_SHAPES = SHAPES[:2]
+CHANNELS, DTYPES, KEPT = (1536, 3072), (torch.float32, torch.bfloat16), (0.4, 0.6, 0.8)
+PAIRWISE_LIMIT = 4096  # tokens; the pairwise formula needs several N x N matrices
+ARRAY_LIMIT = 1 << 29  # bytes of the tokens; larger cases do not fit beside the rivals' results
+LAST_LEVEL_CACHE = 64 << 20  # more than the machine's
+HIDDEN, TAU, EPS = 64, 0.2, 1e-6
+
+
+@dataclass
+class Case:
+    """One op at one size.
+
+    Attributes:
+        ours: the op's call.
+        wanted: the reference's call on the same values, in float64 where it computes.
+        rivals: other ways to the same result, or to a part of it.
+        bytes_moved: what the op must read and write, where that is the whole of its work.
+    """
+
+    op: str
+    shape: tuple[int, ...]
+    dtype: str
+    ours: Callable
+    wanted: Callable
+    rivals: dict[str, Callable]
+    kept: float | None = None
+    bytes_moved: int | None = None
+    exact: bool = False
+    tolerance: float = field(default=1e-5)
+
+    def check(self) -> None:
+        """Raises AssertionError if the op's result is not the reference's."""
+        got, wanted = self.ours(), self.wanted()
+        pairs = zip(got, wanted, strict=True) if isinstance(got, (tuple, list)) else [(got, wanted)]
+        for ours, exact in pairs:
+            if self.exact:
+                torch.testing.assert_close(ours, exact, rtol=0, atol=0)
+            else:
+                scale = max(exact.abs().max().item(), 1.0)
+                torch.testing.assert_close(ours.double(), exact.double(), rtol=0, atol=self.tolerance * scale)
+
+
+def _name(dtype: torch.dtype) -> str:
+    return str(dtype).removeprefix("torch.")
+
+
+def _tolerance(dtype: torch.dtype) -> float:
+    return 16 * max(torch.finfo(dtype).eps, 1e-7)
+
+
+def _wide(*values):
+    return [v.double() if torch.is_tensor(v) and v.is_floating_point() else v for v in values]
+
+
+def topk_select(quick: bool) -> Iterator[Case]:
+    for B, N in QUICK_SHAPES if quick else SHAPES:
+        for dtype in DTYPES:
+            for share in (0.6,) if quick else KEPT:
+                scores, k = torch.randn(B, N).to(dtype), int(share * N)
+
+                def torch_way(scores=scores, k=k, B=B, N=N):
+                    kept = torch.topk(scores, k, sorted=False).indices.sort(dim=1).values
+                    rest = torch.ones(B, N, dtype=torch.bool).scatter_(1, kept, False)
+                    return kept, rest.nonzero()[:, 1].view(B, N - k)
+
+                rivals = {
+                    "topk + sort + complement": torch_way,
+                    "torch.topk alone": lambda scores=scores, k=k: torch.topk(scores, k, sorted=False),
+                }
+                yield Case(
+                    *("topk_select", (B, N), _name(dtype), lambda s=scores, k=k: shiva.topk_select(s, k)),
+                    lambda s=scores, k=k: reference.topk_select(s, k),
+                    rivals,
+                    kept=share,
+                    exact=True,
+                )
+
+
+def soft_rank(quick: bool) -> Iterator[Case]:
+    for B, N in QUICK_SHAPES if quick else SHAPES:
+        for tau in (0.2, 0.02):
+            scores = torch.randn(B, N, requires_grad=True)
+            grad = torch.randn(B, N)
+
+            def both(op, scores=scores, grad=grad, tau=tau):
+                ranks = op(scores, tau)
+                return ranks.detach(), torch.autograd.grad(ranks, scores, grad)[0]
+
+            def formula(scores, tau):
+                return 1 + torch.sigmoid((scores.unsqueeze(-2) - scores.unsqueeze(-1)) / tau).sum(-1) - 0.5
+
+            def exact(scores=scores, grad=grad, tau=tau):
+                wide, results = scores.detach().double(), []
+                for row, g in zip(wide, grad.double(), strict=True):  # in blocks: N x N does not fit
+                    ranks, grads = torch.empty_like(row), torch.empty_like(row)
+                    for rows in torch.arange(len(row)).split(512):
+                        sigmoid = torch.sigmoid((row - row[rows, None]) / tau)
+                        ranks[rows] = 0.5 + sigmoid.sum(-1)
+                        grads[rows] = (sigmoid * (1 - sigmoid) * (g - g[rows, None])).sum(-1) / tau
+                    results.append((ranks, grads))
+                return [torch.stack(part) for part in zip(*results, strict=True)]
+
+            rivals = {"pairwise formula": lambda both=both, f=formula: both(f)} if N <= PAIRWISE_LIMIT else {}
+            yield Case(
+                *("soft_rank fwd + bwd", (B, N, tau), "float32", lambda both=both: both(shiva.soft_rank)),
+                *(exact, rivals),
+                tolerance=2e-5,
+            )
+
+
+def _tokens(quick: bool) -> Iterator[tuple]:
+    """(B, N, D, dtype, kept share, x, kept)"""
+    for B, N in QUICK_SHAPES if quick else SHAPES:
+        for D in CHANNELS:
+            for dtype in DTYPES:
+                if B * N * D * dtype.itemsize > ARRAY_LIMIT:
+                    continue
+                x = torch.randn(B, N, D).to(dtype)
+                for share in (0.6,) if quick else KEPT:
+                    yield B, N, D, dtype, share, x, shiva.topk_select(torch.randn(B, N), int(share * N))[0]
+
+
+def _flat(kept, N):
+    return (kept + N * torch.arange(len(kept))[:, None]).view(-1)
+
+
+def token_gather(quick: bool) -> Iterator[Case]:
+    for B, N, D, dtype, share, x, kept in _tokens(quick):
+        k = kept.shape[1]
+        expanded, flat, row = kept[..., None].expand(-1, -1, D), _flat(kept, N), torch.arange(B)[:, None]
+        rivals = {
+            "torch.gather": lambda x=x, i=expanded: x.gather(1, i),
+            "index_select": lambda x=x, i=flat, B=B: x.flatten(0, 1).index_select(0, i).unflatten(0, (B, -1)),
+            "x[rows, index]": lambda x=x, i=kept, row=row: x[row, i],
+            "take_along_dim": lambda x=x, i=kept: torch.take_along_dim(x, i[..., None], 1),
+        }
+        yield Case(
+            *("token_gather", (B, N, D), _name(dtype), lambda x=x, i=kept: shiva.token_gather(x, i)),
+            *(lambda x=x, i=kept: reference.token_gather(x, i), rivals, share),
+            bytes_moved=2 * B * k * D * dtype.itemsize,
+            exact=True,
+        )
+
+
+def token_scatter(quick: bool) -> Iterator[Case]:
+    for B, N, D, dtype, share, x, kept in _tokens(quick):
+        src = torch.randn(B, kept.shape[1], D).to(dtype)
+        expanded, flat, row = kept[..., None].expand(-1, -1, D), _flat(kept, N), torch.arange(B)[:, None]
+        rivals = {
+            "torch.scatter": lambda x=x, i=expanded, s=src: x.scatter(1, i, s),
+            "index_copy": lambda x=x, i=flat, s=src: x.flatten(0, 1).index_copy(0, i, s.flatten(0, 1)).view_as(x),
+            "index_put": lambda x=x, i=kept, row=row, s=src: x.index_put((row, i), s),
+        }
+        yield Case(
+            *("token_scatter", (B, N, D), _name(dtype), lambda x=x, i=kept, s=src: shiva.token_scatter(x, i, s)),
+            *(lambda x=x, i=kept, s=src: reference.token_scatter(x, i, s), rivals, share),
+            bytes_moved=2 * x.nbytes,
+            exact=True,
+        )
+
+
+def gather_modulate(quick: bool) -> Iterator[Case]:
+    for B, N, D, dtype, share, x, kept in _tokens(quick):
+        shift, scale = torch.randn(B, D).to(dtype), torch.randn(B, D).to(dtype)
+
+        def eager(x=x, i=kept, shift=shift, scale=scale, D=D):
+            rows = x.gather(1, i[..., None].expand(-1, -1, D))
+            return F.layer_norm(rows, (D,), eps=EPS) * (1 + scale[:, None]) + shift[:, None]
+
+        rivals = {"gather, layer_norm, modulate": eager, "token_gather": lambda x=x, i=kept: shiva.token_gather(x, i)}
+        arguments = (x, kept, shift, scale, EPS)
+        yield Case(
+            *("gather_modulate", (B, N, D), _name(dtype), lambda a=arguments: shiva.gather_modulate(*a)),
+            *(lambda a=arguments: reference.gather_modulate(*_wide(*a)), rivals, share),
+            tolerance=_tolerance(dtype),
+        )
+
+
+def scatter_residual(quick: bool) -> Iterator[Case]:
+    for B, N, D, dtype, share, x, kept in _tokens(quick):
+        update, gate, row = torch.randn(B, kept.shape[1], D).to(dtype), torch.randn(B, D).to(dtype), torch.arange(B)
+
+        def eager(x=x, i=kept, update=update, gate=gate, row=row[:, None]):
+            return x.index_put((row, i), x[row, i] + gate[:, None] * update)
+
+        arguments = (x, kept, update, gate)
+        rivals = {"gate, index_put": eager, "token_scatter": lambda x=x, i=kept, u=update: shiva.token_scatter(x, i, u)}
+        yield Case(
+            *("scatter_residual", (B, N, D), _name(dtype), lambda a=arguments: shiva.scatter_residual(*a)),
+            *(lambda a=arguments: reference.scatter_residual(*_wide(*a)), rivals, share),
+            tolerance=_tolerance(dtype),
+        )
+
+
+def residual_gate(quick: bool) -> Iterator[Case]:
+    """The backward alone. It must read both gradients and x once, and write the gradient of x."""
+    for B, N, D, dtype, share, x, kept in _tokens(quick):
+        grad_selected, grad_base = torch.randn(B, kept.shape[1], D).to(dtype), torch.randn(B, N, D).to(dtype)
+        arguments = (grad_selected, grad_base, x, kept)
+        total = grad_selected.nbytes + grad_base.nbytes + 2 * x.nbytes
+        source, target = torch.empty(total // 2, dtype=torch.uint8), torch.empty(total // 2, dtype=torch.uint8)
+        rivals = {
+            "plain formula": lambda a=arguments: reference.residual_gate_backward(*a),
+            "copy of as many bytes": lambda s=source, t=target: t.copy_(s),
+        }
+        yield Case(
+            *("residual_gate backward", (B, N, D), _name(dtype), lambda a=arguments: shiva.residual_gate_backward(*a)),
+            *(lambda a=arguments: reference.residual_gate_backward(*_wide(*a)), rivals, share),
+            bytes_moved=total,
+            tolerance=_tolerance(dtype),
+        )
+
+
+def router_score(quick: bool) -> Iterator[Case]:
+    for B, N in QUICK_SHAPES if quick else SHAPES:
+        for D in CHANNELS:
+            for dtype in DTYPES:
+                if B * N * D * dtype.itemsize > ARRAY_LIMIT:
+                    continue
+                x = torch.randn(B, N, D).to(dtype)
+                w_in = (torch.randn(HIDDEN, D) / D**0.5).to(dtype)
+                arguments = (x, torch.randn(B, HIDDEN), w_in, *(torch.randn(HIDDEN) for _ in range(3)), EPS)
+                yield Case(
+                    *("router_score", (B, N, D), _name(dtype), lambda a=arguments: shiva.router_score(*a)),
+                    lambda a=arguments: reference.router_score(*_wide(*a)),
+                    {"F.linear": lambda x=x, w=w_in: F.linear(x, w)},
+                    tolerance=4 * _tolerance(dtype),
+                )
+                grad, hidden_grad = torch.randn(B, N), torch.randn(B * N, HIDDEN).to(dtype)
+                leaves = [a.double().requires_grad_() if torch.is_tensor(a) else a for a in arguments]
+
+                def exact(leaves=leaves, grad=grad):
+                    scores = reference.router_score(*leaves)
+                    return torch.autograd.grad(scores, leaves[:-1], grad.double())
+
+                yield Case(
+                    *("router_score backward", (B, N, D), _name(dtype)),
+                    lambda g=grad, a=arguments: shiva.router_score_backward(g, *a),
+                    exact,
+                    {"F.linear's backward": lambda x=x, w=w_in, g=hidden_grad: (g @ w, g.T @ x.flatten(0, 1))},
+                    tolerance=4 * _tolerance(dtype) * max(1.0, B * N / 1024) ** 0.5,  # of sums over all tokens
+                )
+
+
+MAKERS = {
+    function.__name__: function
+    for function in (
+        *(topk_select, soft_rank, token_gather, token_scatter),
+        *(gather_modulate, scatter_residual, residual_gate, router_score),
+    )
+}
+OPS = list(MAKERS)
+
+
+def cases(ops: list[str], quick: bool) -> Iterator[Case]:
+    for op in ops:
+        yield from MAKERS[op](quick)
+
+
+@dataclass(frozen=True)
+class Target:
+    """A goal: ``value(row)``, None where it says nothing about the row, should be at least ``least``."""
+
+    text: str
+    least: float
+    value: Callable[[dict], float | None]
+
+
+def _ratio(op: str, least: float, rivals: tuple[str, ...], text: str, only=lambda row: True) -> Target:
+    """The smallest ratio to any of the rivals (all of them if none is named)."""
+
+    def value(row):
+        found = [ratio for name, ratio in row["ratio"].items() if not rivals or name in rivals]
+        return min(found) if row["op"] == op and found and only(row) else None
+
+    return Target(text, least, value)
+
+
+def _bandwidth(op: str) -> Target:
+    def value(row):
+        size = 4 if row["dtype"] == "float32" else 2
+        B, N, *D = row["shape"]
+        past_cache = row["op"] == op and B * N * D[0] * size * (row["kept"] or 1) > LAST_LEVEL_CACHE
+        return row.get("share_of_copy_bandwidth") if past_cache else None
+
+    return Target(f"{op}: share of the copy bandwidth past the last-level cache", 0.85, value)
+
+
+ALL = ("topk + sort + complement",)
+TARGETS = (
+    _ratio(
+        "topk_select",
+        15,
+        ALL,
+        "topk_select at (2, 4096), all three steps in torch / ours",
+        lambda r: tuple(r["shape"]) == (2, 4096),
+    ),
+    _ratio(
+        "topk_select",
+        20,
+        ALL,
+        "topk_select at (1, 65536), all three steps / ours",
+        lambda r: tuple(r["shape"]) == (1, 65536),
+    ),
+    _ratio("topk_select", 1, ("torch.topk alone",), "topk_select, torch.topk alone / ours"),
+    _ratio("token_gather", 1, (), "token_gather, best of torch / ours"),
+    _ratio(
+        "token_gather",
+        3,
+        ("torch.gather",),
+        "token_gather, torch.gather / ours, bfloat16",
+        lambda r: r["dtype"] == "bfloat16",
+    ),
+    _bandwidth("token_gather"),
+    _ratio("token_scatter", 1, (), "token_scatter, best of torch / ours"),
+    _bandwidth("token_scatter"),
+    _ratio(
+        "soft_rank fwd + bwd",
+        100,
+        (),
+        "soft_rank at (2, 4096), tau .2, pairwise / ours",
+        lambda r: tuple(r["shape"]) == (2, 4096, 0.2),
+    ),
+    _ratio("router_score", 1 / 1.15, (), "router_score, F.linear / ours"),
+    _ratio("router_score backward", 1 / 1.25, (), "router_score backward, F.linear's / ours"),
+    _ratio("gather_modulate", 2.5, ("gather, layer_norm, modulate",), "gather_modulate, eager / ours"),
+    _ratio("gather_modulate", 1 / 1.15, ("token_gather",), "gather_modulate, token_gather / ours"),
+    _ratio("scatter_residual", 2.5, ("gate, index_put",), "scatter_residual, eager / ours"),
+    _ratio("scatter_residual", 1 / 1.15, ("token_scatter",), "scatter_residual, token_scatter / ours"),
+    _ratio("residual_gate backward", 1 / 1.2, ("copy of as many bytes",), "residual_gate backward, copy / ours"),
+)
