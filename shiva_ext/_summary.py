@@ -4,7 +4,6 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 from .api import get_handle
-from .evaluation.flops import sd3_forward_flops
 from .evaluation.overhead import share_of_ops
 
 
@@ -99,14 +98,14 @@ def summary(
 
     def flops(row):
         pruned = {layer: k for layer, k in enumerate(row) if k < num_tokens}
-        return sd3_forward_flops(handle.transformer, text_tokens, num_tokens, pruned, width)
+        return state.adapter.forward_flops(handle.transformer, text_tokens, num_tokens, pruned, width)
 
     return Summary(
         num_tokens,
         tuple(sigmas),
         tuple(kept),
         tuple(flops(row) for row in kept),
-        sd3_forward_flops(handle.transformer, text_tokens, num_tokens),
+        state.adapter.forward_flops(handle.transformer, text_tokens, num_tokens),
         handle.num_hooked,
         None if run is None else share_of_ops(run),
     )

@@ -2,7 +2,7 @@
 
 from collections.abc import Mapping
 
-from diffusers import SD3Transformer2DModel
+from diffusers import PixArtTransformer2DModel, SD3Transformer2DModel
 
 
 def attention_flops(dim: int, image_tokens: int, text_tokens: int = 0, text_output: bool = True) -> int:
@@ -16,6 +16,14 @@ def attention_flops(dim: int, image_tokens: int, text_tokens: int = 0, text_outp
     total = image_tokens + text_tokens
     projections = 4 * image_tokens + (3 + text_output) * text_tokens
     return 2 * projections * dim * dim + 4 * total * total * dim
+
+
+def _checked(name: str, kept: Mapping[int, int] | None, layers: int, N: int) -> dict[int, int]:
+    kept = dict(kept or {})
+    for layer, k in kept.items():
+        if not (0 <= layer < layers and 0 <= k <= N):
+            raise ValueError(f"{name}: kept must map layers 0..{layers - 1} to 0..{N} tokens, got layer {layer}: {k}")
+    return kept
 
 
 def sd3_forward_flops(
@@ -45,12 +53,7 @@ def sd3_forward_flops(
     config = transformer.config
     D, layers = config.num_attention_heads * config.attention_head_dim, config.num_layers
     N = (config.sample_size // config.patch_size) ** 2 if image_tokens is None else image_tokens
-    kept = dict(kept or {})
-    for layer, k in kept.items():
-        if not (0 <= layer < layers and 0 <= k <= N):
-            raise ValueError(
-                f"sd3_forward_flops: kept must map layers 0..{layers - 1} to 0..{N} tokens, got layer {layer}: {k}"
-            )
+    kept = _checked("sd3_forward_flops", kept, layers, N)
     patch = config.patch_size**2
     out_channels = config.in_channels if config.out_channels is None else config.out_channels
     total = 2 * N * patch * config.in_channels * D  # patch embedding
@@ -67,3 +70,34 @@ def sd3_forward_flops(
     total += 2 * D * 2 * D  # modulation of the output norm
     total += 2 * N * D * patch * out_channels
     return total
+
+
+def pixart_forward_flops(
+    transformer: PixArtTransformer2DModel,
+    text_tokens: int,
+    image_tokens: int | None = None,
+    kept: Mapping[int, int] | None = None,
+    router_width: int = 0,
+) -> int:
+    """The same as :func:`sd3_forward_flops` for PixArt: cross-attention to the prompt, whose tokens do not change."""
+    config = transformer.config
+    D, layers = config.num_attention_heads * config.attention_head_dim, config.num_layers
+    N = (config.sample_size // config.patch_size) ** 2 if image_tokens is None else image_tokens
+    kept = _checked("pixart_forward_flops", kept, layers, N)
+    patch = config.patch_size**2
+    total = 2 * N * patch * config.in_channels * D
+    total += 2 * D * (256 + D) + 2 * D * 6 * D  # timestep embedding, modulation of all blocks
+    if transformer.use_additional_conditions:  # height, width and aspect ratio
+        total += 3 * 2 * (D // 3) * (256 + D // 3)
+    context = config.cross_attention_dim
+    if config.caption_channels is not None:
+        total += 2 * text_tokens * D * (config.caption_channels + D)
+    for layer in range(layers):
+        k = kept.get(layer, N)
+        total += attention_flops(D, k)
+        total += 4 * k * D * D + 4 * text_tokens * context * D + 4 * k * text_tokens * D  # cross-attention
+        total += 16 * D * D * k
+        if layer in kept and router_width:
+            total += 2 * router_width * N * (D + 1)
+    out_channels = config.in_channels if config.out_channels is None else config.out_channels
+    return total + 2 * N * D * patch * out_channels

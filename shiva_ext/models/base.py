@@ -2,6 +2,7 @@
 
 import inspect
 from abc import ABC, abstractmethod
+from collections.abc import Mapping
 from typing import NamedTuple
 
 from torch import Tensor, nn
@@ -43,6 +44,17 @@ class ModelAdapter(ABC):
     def token_costs(self, transformer: nn.Module) -> list[int]:
         """Relative cost of an image token in each block, as integers from 1 to 32; all alike unless overridden."""
         return [1] * len(self.blocks(transformer))
+
+    @abstractmethod
+    def forward_flops(
+        self,
+        transformer: nn.Module,
+        text_tokens: int,
+        image_tokens: int | None = None,
+        kept: Mapping[int, int] | None = None,
+        router_width: int = 0,
+    ) -> int:
+        """Operations of one sample's forward pass; see :mod:`shiva_ext.evaluation.flops`."""
 
     @abstractmethod
     def conditioning(self, transformer: nn.Module, arguments: dict) -> Conditioning:

@@ -2,6 +2,7 @@
 
 from torch import nn
 
+from ..evaluation.flops import sd3_forward_flops
 from .base import Conditioning, ModelAdapter, register
 
 
@@ -30,6 +31,9 @@ class SD3Adapter(ModelAdapter):
         # Matrix products of D x D: 4 of the attention, 8 of the MLP, and 4 where there is a second attention.
         dual = transformer.config.dual_attention_layers
         return [4 if layer in dual else 3 for layer in range(len(transformer.transformer_blocks))]
+
+    def forward_flops(self, transformer: nn.Module, text_tokens: int, image_tokens=None, kept=None, router_width=0):
+        return sd3_forward_flops(transformer, text_tokens, image_tokens, kept, router_width)
 
     def conditioning(self, transformer: nn.Module, arguments: dict) -> Conditioning:
         timestep, pooled = arguments["timestep"], arguments["pooled_projections"]

@@ -1,0 +1,54 @@
+"""PixArt-α and PixArt-Σ (DiT with cross-attention)."""
+
+import torch
+from torch import Tensor, nn
+
+from ..evaluation.flops import pixart_forward_flops
+from .base import Conditioning, ModelAdapter, register
+
+
+@register
+class PixArtAdapter(ModelAdapter):
+    """``PixArtTransformer2DModel``: self-attention over image tokens, cross-attention to the prompt.
+
+    Absolute positions are added before the first block, so a gathered token carries its own. There is no pooled prompt:
+    the router gets the projection of the prompt's mean token, masked tokens left out.
+    """
+
+    model_class = "PixArtTransformer2DModel"
+
+    def blocks(self, transformer: nn.Module) -> list[nn.Module]:
+        return list(transformer.transformer_blocks)
+
+    def dims(self, transformer: nn.Module) -> dict[str, int]:
+        D = transformer.inner_dim
+        pooled = D if transformer.caption_projection is not None else transformer.config.cross_attention_dim
+        return dict(dim=D, temb_dim=D, pooled_dim=pooled, num_layers=len(transformer.transformer_blocks))
+
+    def num_tokens(self, transformer: nn.Module) -> int:
+        return (transformer.config.sample_size // transformer.config.patch_size) ** 2
+
+    def forward_flops(self, transformer: nn.Module, text_tokens: int, image_tokens=None, kept=None, router_width=0):
+        return pixart_forward_flops(transformer, text_tokens, image_tokens, kept, router_width)
+
+    def conditioning(self, transformer: nn.Module, arguments: dict) -> Conditioning:
+        if arguments.get("attention_mask") is not None:
+            raise ValueError(
+                "shiva_ext: attention_mask masks image tokens, which selection leaves out by itself; wanted None, as "
+                "PixArt's pipelines pass (the prompt's mask is encoder_attention_mask)"
+            )
+        prompt = arguments["encoder_hidden_states"]
+        timestep = arguments["timestep"].expand(len(prompt))
+        embed = transformer.adaln_single.emb
+        sinusoid = embed.time_proj(timestep).to(prompt.dtype)
+        mean = self._mean(prompt, arguments.get("encoder_attention_mask"))
+        pooled = mean if transformer.caption_projection is None else transformer.caption_projection(mean)
+        return Conditioning(timestep, embed.timestep_embedder(sinusoid), pooled)
+
+    @staticmethod
+    def _mean(prompt: Tensor, mask: Tensor | None) -> Tensor:
+        """Mean over the tokens of prompt [B,T,J]; mask: [B,T], true where a token counts, or a bias [B,1,T]."""
+        if mask is None:
+            return prompt.mean(dim=1)
+        counts = (mask if mask.ndim == 2 else mask.squeeze(1) >= 0).to(prompt.dtype)
+        return torch.einsum("btj,bt->bj", prompt, counts) / counts.sum(dim=1, keepdim=True).clamp(min=1)
