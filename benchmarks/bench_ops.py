@@ -118,6 +118,36 @@ def print_targets(rows: list[dict]) -> list[dict]:
     return found
 
 
+def draw(rows: list[dict], file: Path) -> None:
+    """One panel an op: each rival's time over ours, by the number of tokens."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    import matplotlib.pyplot as plt
+
+    ops = list(dict.fromkeys(row["op"] for row in rows if row["ratio"]))
+    columns = 4
+    figure, axes = plt.subplots(
+        -(-len(ops) // columns), columns, figsize=(16, 3.2 * -(-len(ops) // columns)), constrained_layout=True
+    )
+    for axis, op in zip(axes.flat, ops, strict=False):
+        mine = [row for row in rows if row["op"] == op and row["ratio"]]
+        for name in dict.fromkeys(name for row in mine for name in row["ratio"]):
+            points = [(row["shape"][0] * row["shape"][1], row["ratio"][name]) for row in mine if name in row["ratio"]]
+            axis.plot(*zip(*points, strict=True), "o", ms=3, alpha=0.6, label=name)
+        axis.axhline(1, color="gray", lw=0.8)
+        axis.set_xscale("log", base=2)
+        axis.set_yscale("log")
+        axis.set_title(op, fontsize=10)
+        axis.legend(fontsize=7)
+        axis.grid(alpha=0.3)
+    for axis in list(axes.flat)[len(ops) :]:
+        axis.set_visible(False)
+    figure.supxlabel("tokens of the batch")
+    figure.supylabel("times faster than")
+    figure.savefig(file, dpi=100)
+
+
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--ops", nargs="+", choices=OPS, default=OPS)
@@ -155,6 +185,7 @@ def main() -> int:
     temporary = args.out.with_suffix(".tmp")
     temporary.write_text(json.dumps(content, indent=1) + "\n")
     os.replace(temporary, args.out)
+    draw(rows, args.out.with_suffix(".png"))
     return 0
 
 

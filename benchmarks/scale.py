@@ -4,7 +4,8 @@
 
 Each op at each length runs in a process of its own: its time is the median of the calls, its memory the peak above what
 was resident before the first of them, the result included. bfloat16 tokens, 60 % kept; soft_rank, of training alone, at
-tau = 0.2 on unit-variance scores. The last column is the growth of the time from the row above, as a power of N.
+tau = 0.2 on unit-variance scores. The last column is the growth of the time from half as many tokens, as a power of N.
+As in bench_ops.py, memory is kept between calls: giving it back would cost more than most of the ops.
 """
 
 import argparse
@@ -16,6 +17,8 @@ import subprocess
 import sys
 import time
 from pathlib import Path
+
+from bench_ops import KEEP_MEMORY
 
 OPS = ("router_score", "topk_select", "token_gather", "token_scatter", "soft_rank", "soft_rank_backward")
 SECONDS = 1.0  # of calls at least; and LEAST_CALLS
@@ -105,7 +108,9 @@ def main() -> None:
     while args.most >= N:
         for op in OPS:
             command = [sys.executable, __file__, "--one", op, str(N), f"--channels={args.channels}"]
-            done = subprocess.run([*command, f"--threads={args.threads}"], capture_output=True, text=True, check=True)
+            command.append(f"--threads={args.threads}")
+            environment = os.environ | KEEP_MEMORY
+            done = subprocess.run(command, env=environment, capture_output=True, text=True, check=True)
             rows.append(json.loads(done.stdout))
             last = next((row for row in rows if row["op"] == op and row["tokens"] == N // 2), None)
             growth = f"N^{math.log2(rows[-1]['seconds'] / last['seconds']):.2f}" if last else ""

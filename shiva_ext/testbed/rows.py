@@ -45,6 +45,7 @@ ROWS = (
     Row("dense fine-tuned", "artefact", "dense_finetuned", repeat=True),
     Row("Shiva 80 %", "artefact", "shiva80", 0.8, repeat=True, group="shiva"),
     Row("Shiva 60 %", "artefact", "shiva60", 0.6, repeat=True, group="shiva"),
+    Row("Shiva 60 %, one choice a pair", "artefact, shared choice", "shiva60", 0.6, group="shiva"),
     Row("fixed ratio 60 %", "artefact at ratio", "shiva60", 0.6, group="other"),
     Row("random tokens 60 %", "selector", "random", 0.6, group="other"),
     Row("largest-norm tokens 60 %", "selector", "largest_norm", 0.6, group="other"),
@@ -119,6 +120,10 @@ def _artefact_at_ratio(transformer: SD3Transformer2DModel, row: Row, guided: boo
     return Enabled(transformer, ASSETS / row.source, ratio=row.ratio, batched_guidance=guided)
 
 
+def _artefact_shared(transformer: SD3Transformer2DModel, row: Row, guided: bool) -> Method:
+    return Enabled(transformer, ASSETS / row.source, share_selection=True, batched_guidance=guided)
+
+
 def _baseline(transformer: SD3Transformer2DModel, row: Row, guided: bool) -> Method:
     return Enabled(transformer, _selector(row), batched_guidance=guided)
 
@@ -128,6 +133,7 @@ METHODS: dict[str, Callable[[SD3Transformer2DModel, Row, bool], Method]] = {
     "dense": lambda transformer, row, guided: Dense(),
     "artefact": _artefact,
     "artefact at ratio": _artefact_at_ratio,
+    "artefact, shared choice": _artefact_shared,
     "selector": _baseline,
 }
 
