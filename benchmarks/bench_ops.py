@@ -72,7 +72,8 @@ def copy_bandwidth() -> float:
 
 def quantiles(times: list[float]) -> dict[str, float]:
     deciles = statistics.quantiles(times, n=10)
-    return {"median_us": statistics.median(times) * 1e6, "p10_us": deciles[0] * 1e6, "p90_us": deciles[-1] * 1e6}
+    found = {"median_us": statistics.median(times), "p10_us": deciles[0], "p90_us": deciles[-1]}
+    return {name: float(f"{seconds * 1e6:.4g}") for name, seconds in found.items()}
 
 
 def run(case: Case, rounds: int, bandwidth: float) -> dict:
@@ -81,11 +82,11 @@ def run(case: Case, rounds: int, bandwidth: float) -> dict:
     row = {"op": case.op, "shape": case.shape, "dtype": case.dtype, "kept": case.kept}
     row["times"] = {name: quantiles(values) for name, values in times.items()}
     row["ratio"] = {
-        name: statistics.median(other / ours for other, ours in zip(times[name], times["ours"], strict=True))
+        name: round(statistics.median(other / ours for other, ours in zip(times[name], times["ours"], strict=True)), 3)
         for name in case.rivals
     }
     if case.bytes_moved:
-        row["share_of_copy_bandwidth"] = case.bytes_moved / statistics.median(times["ours"]) / bandwidth
+        row["share_of_copy_bandwidth"] = round(case.bytes_moved / statistics.median(times["ours"]) / bandwidth, 3)
     return row
 
 
@@ -148,6 +149,11 @@ def draw(rows: list[dict], file: Path) -> None:
     figure.savefig(file, dpi=100)
 
 
+def one_row_a_line(content: dict) -> str:
+    rows = ",\n".join("  " + json.dumps(row) for row in content["rows"])
+    return json.dumps(content | {"rows": []}, indent=1).replace('"rows": []', f'"rows": [\n{rows}\n ]') + "\n"
+
+
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--ops", nargs="+", choices=OPS, default=OPS)
@@ -183,7 +189,7 @@ def main() -> int:
     }
     args.out.parent.mkdir(parents=True, exist_ok=True)
     temporary = args.out.with_suffix(".tmp")
-    temporary.write_text(json.dumps(content, indent=1) + "\n")
+    temporary.write_text(one_row_a_line(content))
     os.replace(temporary, args.out)
     draw(rows, args.out.with_suffix(".png"))
     return 0
