@@ -6,7 +6,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-MOST_COST = 64  # of a cell, for the exact search: its time grows with the third power
+MOST_COST = 24  # of a cell, for the exact search: its time grows with the third power
 
 
 def default_tile(num_tokens: int) -> int:
@@ -62,7 +62,7 @@ def solve_budget(
     the optimum for every total it passes; it stops less than one tile of the costliest cell below the budget. By an
     exchange argument, between this table and the optimum at a nearby total no sequence of tile changes can come back to
     the same total, so they are at most 3 * max(cost) tiles apart: dynamic programming over the cells in that small
-    neighbourhood finds it. Where a cost exceeds 64 after division by the common factor, the first table is the answer:
+    neighbourhood finds it. Where a cost exceeds 24 after division by the common factor, the first table is the answer:
     the nearest to the learned ratios of all tables of its total, which is within one tile of the budget.
 
     Args:
