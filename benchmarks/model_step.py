@@ -1,7 +1,8 @@
 """One denoising step of a large model's architecture on this machine, dense and pruned, interleaved.
 
-Random weights, bfloat16: SD3.5-Medium (2.2 B parameters, 333 text tokens) or PixArt-Sigma (0.6 B, 300 text tokens), at
-1024 x 1024 pixels (4,096 image tokens) or another size. Prints and writes, per ratio: seconds, speed-up (median of the
+Random weights, bfloat16: SD3.5-Medium (2.2 B parameters, 333 text tokens), PixArt-Sigma (0.6 B, 300 text tokens), or
+Flux.1's width (512 text tokens) with as many joint blocks as asked for and twice as many single ones, of which all 19
+and 38 would take 24 GB; at 1024 x 1024 pixels (4,096 image tokens) or another size. Prints and writes, per ratio: seconds, speed-up (median of the
 pairs), what the operations alone allow, and the share of the step spent in our ops.
 
     python benchmarks/model_step.py [--model sd35] [--ratios .8 .6] [--repeats 5] [--layers 24] [--pixels 1024]
@@ -15,7 +16,7 @@ import time
 from pathlib import Path
 
 import torch
-from diffusers import PixArtTransformer2DModel, SD3Transformer2DModel
+from diffusers import FluxTransformer2DModel, PixArtTransformer2DModel, SD3Transformer2DModel
 from torch import nn
 from tqdm import tqdm
 
@@ -24,8 +25,8 @@ from shiva_ext.evaluation.overhead import share_of_ops
 from shiva_ext.models import adapter_for
 from shiva_ext.selection import RatioTable, ShivaRouter
 
-LAYERS = {"sd35": 24, "pixart": 28}
-TEXT_TOKENS = {"sd35": 333, "pixart": 300}
+LAYERS = {"sd35": 24, "pixart": 28, "flux": 4}
+TEXT_TOKENS = {"sd35": 333, "pixart": 300, "flux": 512}
 
 
 def random_weights(model: nn.Module) -> nn.Module:
@@ -52,6 +53,18 @@ def build(name: str, layers: int, side: int) -> tuple[nn.Module, dict]:
             encoder_attention_mask=torch.ones(1, tokens, dtype=torch.bfloat16),
             added_cond_kwargs={"resolution": None, "aspect_ratio": None},
         )
+    elif name == "flux":
+        with torch.device("meta"):
+            model = FluxTransformer2DModel(num_layers=layers, num_single_layers=2 * layers, guidance_embeds=True)
+        rows, columns = torch.meshgrid(torch.arange(side // 2), torch.arange(side // 2), indexing="ij")
+        inputs = dict(
+            hidden_states=torch.randn(1, rows.numel(), 64, dtype=torch.bfloat16),
+            encoder_hidden_states=torch.randn(1, tokens, 4096, dtype=torch.bfloat16),
+            pooled_projections=torch.randn(1, 768, dtype=torch.bfloat16),
+            guidance=torch.full((1,), 3.5),
+            img_ids=torch.stack([torch.zeros(rows.numel()), rows.flatten(), columns.flatten()], dim=1),
+            txt_ids=torch.zeros(tokens, 3),
+        )
     else:
         with torch.device("meta"):
             model = SD3Transformer2DModel(
@@ -64,7 +77,8 @@ def build(name: str, layers: int, side: int) -> tuple[nn.Module, dict]:
             encoder_hidden_states=torch.randn(1, tokens, 4096, dtype=torch.bfloat16),
             pooled_projections=torch.randn(1, 2048, dtype=torch.bfloat16),
         )
-    return random_weights(model), inputs | dict(timestep=torch.full((1,), 500.0), return_dict=False)
+    timestep = torch.full((1,), 0.5 if name == "flux" else 500.0)
+    return random_weights(model), inputs | dict(timestep=timestep, return_dict=False)
 
 
 @torch.no_grad()
@@ -85,7 +99,7 @@ def main() -> None:
     model, inputs = build(args.model, args.layers, side)
     adapter = adapter_for(model)
     router = ShivaRouter(**adapter.dims(model)).to(torch.bfloat16)
-    table = RatioTable.fixed(0.5, args.layers)
+    table = RatioTable.fixed(0.5, len(adapter.blocks(model)))
     artifact = shiva_ext.ShivaArtifact(type(model).__name__, router, table)
 
     def step(ratio: float) -> float:

@@ -214,16 +214,15 @@ class BlockHook(ModelHook):
     def new_forward(self, module: nn.Module, *args, **kwargs):
         state, forward = self.state, self.fn_ref.original_forward
         name = state.adapter.image_argument
-        positional = name not in kwargs
-        x = args[0] if positional else kwargs[name]
+        x = kwargs[name] if name in kwargs else args[0]
         if not state.active:
             output = forward(*args, **kwargs)
             if state.captured is not None:
                 state.captured[self.layer] = (x, state.adapter.image_tokens(output))
             return output
 
-        def run(tokens: Tensor):
-            return forward(tokens, *args[1:], **kwargs) if positional else forward(*args, **{**kwargs, name: tokens})
+        def run(tokens: Tensor, kept: Tensor | None = None):
+            return state.adapter.call(forward, tokens, args, kwargs, kept)
 
         if state.trainer is not None:
             return state.trainer.run_block(self.layer, x, run)
@@ -232,7 +231,7 @@ class BlockHook(ModelHook):
         if k == N:
             return run(x)
         kept = state.select(self.layer, x, k)
-        output = run(ops.token_gather(x, kept))
+        output = run(ops.token_gather(x, kept), kept)
         processed = state.adapter.image_tokens(output).to(x.dtype)
         return state.adapter.with_image_tokens(output, ops.token_scatter(x, kept, processed))
 

@@ -35,13 +35,13 @@ class _Choice:
     def run_block(self, layer: int, x: Tensor, run):
         adapter, kept = self.state.adapter, self.kept[layer]
         if self.estimator is None:
-            output = run(ops.token_gather(x, kept))
+            output = run(ops.token_gather(x, kept), kept)
             return adapter.with_image_tokens(output, ops.token_scatter(x, kept, adapter.image_tokens(output)))
         output = None
 
         def block(tokens: Tensor) -> Tensor:
             nonlocal output
-            output = run(tokens)
+            output = run(tokens, kept)
             return adapter.image_tokens(output)
 
         B, N, _ = x.shape

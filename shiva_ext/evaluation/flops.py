@@ -2,7 +2,7 @@
 
 from collections.abc import Mapping
 
-from diffusers import PixArtTransformer2DModel, SD3Transformer2DModel
+from diffusers import FluxTransformer2DModel, PixArtTransformer2DModel, SD3Transformer2DModel
 
 
 def attention_flops(dim: int, image_tokens: int, text_tokens: int = 0, text_output: bool = True) -> int:
@@ -101,3 +101,34 @@ def pixart_forward_flops(
             total += 2 * router_width * N * (D + 1)
     out_channels = config.in_channels if config.out_channels is None else config.out_channels
     return total + 2 * N * D * patch * out_channels
+
+
+def flux_forward_flops(
+    transformer: FluxTransformer2DModel,
+    text_tokens: int,
+    image_tokens: int | None = None,
+    kept: Mapping[int, int] | None = None,
+    router_width: int = 0,
+) -> int:
+    """The same as :func:`sd3_forward_flops` for Flux, whose layers are the joint blocks and then the single ones.
+
+    ``image_tokens`` are 4,096 unless given: 1024 x 1024 pixels.
+    """
+    config = transformer.config
+    D, joint = config.num_attention_heads * config.attention_head_dim, config.num_layers
+    layers, T = joint + config.num_single_layers, text_tokens
+    N = 64 * 64 if image_tokens is None else image_tokens
+    kept = _checked("flux_forward_flops", kept, layers, N)
+    embeddings = 2 if config.guidance_embeds else 1
+    total = 2 * N * config.in_channels * D + 2 * T * config.joint_attention_dim * D
+    total += 2 * D * (embeddings * (256 + D) + config.pooled_projection_dim + D)
+    for layer in range(layers):
+        k = kept.get(layer, N)
+        if layer < joint:
+            total += attention_flops(D, k, T) + 16 * D * D * (k + T) + 2 * D * D * 12
+        else:  # attention without an output projection, beside the MLP; one projection for both
+            total += 2 * 12 * D * D * (k + T) + 4 * (k + T) ** 2 * D + 2 * D * D * 3
+        if layer in kept and router_width:
+            total += 2 * router_width * N * (D + 1)
+    out_channels = config.in_channels if config.out_channels is None else config.out_channels
+    return total + 2 * D * 2 * D + 2 * N * D * config.patch_size**2 * out_channels

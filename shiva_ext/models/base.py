@@ -64,6 +64,15 @@ class ModelAdapter(ABC):
         """Whether this call's batch is the unconditional half followed by the conditional one."""
         return pipeline_guides
 
+    def call(self, forward, tokens: Tensor, args: tuple, kwargs: dict, kept: Tensor | None = None):
+        """Run a block on these image tokens [B,k,D] in place of its own; kept [B,k] says which they are.
+
+        None is all of them. A family whose blocks get positions apart from the tokens narrows them here.
+        """
+        if self.image_argument in kwargs:
+            return forward(*args, **{**kwargs, self.image_argument: tokens})
+        return forward(tokens, *args[1:], **kwargs)
+
     @staticmethod
     def bind(forward, args: tuple, kwargs: dict) -> dict:
         """Positional and keyword arguments of a call by name."""

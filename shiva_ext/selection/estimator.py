@@ -93,12 +93,13 @@ class Estimator(ABC):
 
     def apply(
         self,
-        block_fn: Callable[[Tensor], Tensor],
+        block_fn: Callable[..., Tensor],
         x: Tensor,
         scores: Tensor,
         k_cont: Tensor | float,
         k_int: int,
         update: Tensor | None = None,
+        with_index: bool = False,
     ) -> tuple[Tensor, Tensor]:
         """Process the ``k_int`` best tokens, pass the others through.
 
@@ -109,6 +110,7 @@ class Estimator(ABC):
             k_cont: the budget before the floor, see :func:`inclusion`.
             k_int: tokens that are processed, 0 <= k_int <= N.
             update: [B,N,D], the dense teacher's ``block(h) - h``; for estimators with ``needs_update``.
+            with_index: call ``block_fn(tokens, kept)``, for blocks that must know which tokens they get.
 
         Returns:
             y [B,N,D] in the dtype of x, and kept [B,k] int64, ascending.
@@ -126,7 +128,8 @@ class Estimator(ABC):
         tau_rank, tau_sel = anneal(self.progress, *self.tau_rank), anneal(self.progress, *self.tau_sel)
         pi = inclusion(scores, k_cont, tau_rank, tau_sel, noise_fraction=0)
         kept, rejected = ops.topk_select(scores.detach(), k_int)
-        return self._run(block_fn, x, pi, kept, rejected, update), kept
+        block = (lambda tokens: block_fn(tokens, kept)) if with_index else block_fn
+        return self._run(block, x, pi, kept, rejected, update), kept
 
     @abstractmethod
     def _run(self, block_fn, x, pi, kept, rejected, update) -> Tensor:

@@ -91,19 +91,19 @@ class StudentPass:
         return scores
 
     def run_block(self, layer: int, x: Tensor, run):
-        """Called by the block's hook with its image tokens; ``run`` is the block on given image tokens."""
+        """Called by the block's hook with its image tokens; ``run`` is the block on given tokens, with their index."""
         N, adapter = x.shape[1], self.state.adapter
         k = min(max(int(N * self.counts[layer]), 1), N)
         scores = self._scores(layer, x)
         output = None
 
-        def block(tokens: Tensor) -> Tensor:
+        def block(tokens: Tensor, kept: Tensor) -> Tensor:
             nonlocal output
-            output = run(tokens)
+            output = run(tokens, kept)
             return adapter.image_tokens(output)
 
         update = self.teacher.update(layer) if self.estimator.needs_update else None
-        y, self.kept[layer] = self.estimator.apply(block, x, scores, N * self.ratios[layer], k, update)
+        y, self.kept[layer] = self.estimator.apply(block, x, scores, N * self.ratios[layer], k, update, True)
         self.outputs[layer] = y
         return adapter.with_image_tokens(output, y)
 

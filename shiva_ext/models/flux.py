@@ -1,0 +1,61 @@
+"""Flux.1 (double and single stream blocks with rotary positions)."""
+
+import torch
+from torch import Tensor, nn
+
+from .. import ops
+from ..evaluation.flops import flux_forward_flops
+from .base import Conditioning, ModelAdapter, register
+
+
+@register
+class FluxAdapter(ModelAdapter):
+    """``FluxTransformer2DModel``: joint blocks over text and image tokens, then blocks over both in one stream.
+
+    Layers are counted through both kinds. Text tokens are never pruned. Positions are rotary and come as one table of
+    text and image rows for the whole batch, so a block gets the rows of its kept tokens; since these differ from sample
+    to sample, it runs once for each.
+    """
+
+    model_class = "FluxTransformer2DModel"
+    image_output = 1
+
+    def blocks(self, transformer: nn.Module) -> list[nn.Module]:
+        return [*transformer.transformer_blocks, *transformer.single_transformer_blocks]
+
+    def dims(self, transformer: nn.Module) -> dict[str, int]:
+        D = transformer.inner_dim
+        return dict(dim=D, temb_dim=D, pooled_dim=D, num_layers=len(self.blocks(transformer)))
+
+    def num_tokens(self, transformer: nn.Module) -> int:
+        return 64 * 64  # 1024 x 1024 pixels, the pipeline's default; the configuration names no size
+
+    def forward_flops(self, transformer: nn.Module, text_tokens: int, image_tokens=None, kept=None, router_width=0):
+        return flux_forward_flops(transformer, text_tokens, image_tokens, kept, router_width)
+
+    def conditioning(self, transformer: nn.Module, arguments: dict) -> Conditioning:
+        pooled, guidance = arguments["pooled_projections"], arguments.get("guidance")
+        embed, dtype = transformer.time_text_embed, arguments["hidden_states"].dtype
+        timestep = arguments["timestep"].to(dtype).expand(len(pooled)) * 1000
+        time = embed.timestep_embedder(embed.time_proj(timestep).to(pooled.dtype))
+        if guidance is not None:
+            time = time + embed.guidance_embedder(embed.time_proj(guidance.to(dtype) * 1000).to(pooled.dtype))
+        return Conditioning(timestep, time, embed.text_embedder(pooled))
+
+    def call(self, forward, tokens: Tensor, args: tuple, kwargs: dict, kept: Tensor | None = None):
+        arguments = {**self.bind(forward, args, kwargs), self.image_argument: tokens}
+        tables = arguments.get("image_rotary_emb")
+        if kept is None or tables is None:
+            return forward(**arguments)
+        T, B = arguments["encoder_hidden_states"].shape[1], len(tokens)
+        if B > 1 and (arguments.get("joint_attention_kwargs") or {}).get("ip_hidden_states") is not None:
+            raise ValueError(
+                "shiva_ext: Flux with an IP-Adapter selects tokens for one image at a time; call it with batch size 1"
+            )
+        images = [ops.token_gather(table[T:].contiguous(), kept) for table in tables]  # [B,k,d]
+        outputs = []
+        for b in range(B):
+            own = {name: arguments[name][b : b + 1] for name in ("hidden_states", "encoder_hidden_states", "temb")}
+            rows = tuple(torch.cat([table[:T], image[b]]) for table, image in zip(tables, images, strict=True))
+            outputs.append(forward(**{**arguments, **own, "image_rotary_emb": rows}))
+        return outputs[0] if B == 1 else tuple(torch.cat(parts) for parts in zip(*outputs, strict=True))
