@@ -2,8 +2,8 @@
 
 Random weights, bfloat16: SD3.5-Medium (2.2 B parameters, 333 text tokens), PixArt-Sigma (0.6 B, 300 text tokens), or
 Flux.1's width (512 text tokens) with as many joint blocks as asked for and twice as many single ones, of which all 19
-and 38 would take 24 GB; at 1024 x 1024 pixels (4,096 image tokens) or another size. Prints and writes, per ratio: seconds, speed-up (median of the
-pairs), what the operations alone allow, and the share of the step spent in our ops.
+and 38 would take 24 GB; at 1024 x 1024 pixels (4,096 image tokens) or another size. Prints and writes, per ratio:
+seconds, speed-up (median of the pairs), what the operations alone allow, and the share of the step spent in our ops.
 
     python benchmarks/model_step.py [--model sd35] [--ratios .8 .6] [--repeats 5] [--layers 24] [--pixels 1024]
 """
