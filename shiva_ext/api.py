@@ -192,7 +192,7 @@ def enable(
         tile: token counts are multiples of this. One that divides the model's token count keeps the schedule's mean
             to within a tile; any other just rounds each count, and is refused with ``budget``. By default
             :func:`~shiva_ext.selection.default_tile`: 1 below 1,024 tokens, 16, 64 or 128 above.
-        sigmas: the noise levels of the sampler's steps, such as ``pipe.scheduler.sigmas[:-1]`` after
+        sigmas: the noise levels of the sampler's steps, such as ``pipe.scheduler.timesteps / 1000`` after
             ``set_timesteps``; the schedule is then taken at these and the budget holds for exactly these steps. By
             default the artefact's own levels count, and each step uses the nearest.
         max_distinct_k: let noise levels share their token counts so that no more than this many different sets of
