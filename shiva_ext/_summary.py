@@ -98,7 +98,11 @@ def summary(
 
     def flops(row):
         pruned = {layer: k for layer, k in enumerate(row) if k < num_tokens}
-        return state.adapter.forward_flops(handle.transformer, text_tokens, num_tokens, pruned, width)
+        total = state.adapter.forward_flops(handle.transformer, text_tokens, num_tokens, pruned, width)
+        groups = [state.selector.group(layer) for layer in pruned] if hasattr(state.selector, "group") else []
+        shared = [group for group in groups if group is not None]  # of these only the first is scored
+        dim = state.adapter.dims(handle.transformer)["dim"]
+        return total - (len(shared) - len(set(shared))) * 2 * width * num_tokens * (dim + 1)
 
     return Summary(
         num_tokens,

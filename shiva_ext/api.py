@@ -158,7 +158,7 @@ def _selector(
     together = source.router.group_sizes() if source.share_selection else None
     asked = together is not None or any(each is not None for each in (budget, sigmas, max_distinct_k))
     if asked or (tile > 1 and num_tokens % tile == 0):  # other tiles only round, from call to call
-        cost = torch.tensor(adapter.token_costs(transformer)[table.first_layer :])
+        cost = torch.tensor(adapter.token_costs(transformer)[table.first_layer :], device="cpu")
         budget = max(source.table.mean(cost), tile / num_tokens) if budget is None else budget
         table = table.with_budget(budget, num_tokens, tile, cost, max_distinct_k, together)
     return replace(source, table=table)
@@ -190,7 +190,8 @@ def enable(
             of all steps and layers then meet it to within one tile, at the model's own image size and with every
             layer's tokens weighted by what they cost; see :func:`~shiva_ext.selection.solve_budget`.
         tile: token counts are multiples of this. One that divides the model's token count keeps the schedule's mean
-            to within a tile; any other just rounds each count, and is refused with ``budget``. By default
+            to within a tile; any other just rounds each count, and is refused where the table has to be solved
+            (``budget``, ``sigmas``, ``max_distinct_k``, a shared selection). By default
             :func:`~shiva_ext.selection.default_tile`: 1 below 1,024 tokens, 16, 64 or 128 above.
         sigmas: the noise levels of the sampler's steps, such as ``pipe.scheduler.timesteps / 1000`` after
             ``set_timesteps``; the schedule is then taken at these and the budget holds for exactly these steps. By

@@ -127,8 +127,12 @@ bool soft_rank_backward_by_moments(const float* grad, const float* scores, int64
   static const std::vector<double> table = make_table(sigmoid_slope);
   // The result depends on differences of grad alone. Around their middle the sums lose less.
   double total = 0;
-  for (int64_t i = 0; i < n; ++i) total += grad[i];
-  const float mean = static_cast<float>(total / static_cast<double>(n)), center = mean - mean == 0 ? mean : 0;
+  int64_t finite = 0;
+  for (int64_t i = 0; i < n; ++i) {
+    if (!(grad[i] - grad[i] == 0)) return false;  // it would spoil the sums of its whole surroundings
+    if (scores[i] - scores[i] == 0) total += grad[i], ++finite;
+  }
+  const float center = static_cast<float>(total / static_cast<double>(finite));
   const std::vector<double> moments = sum_moments(scores, grad, center, n, bins);
   const std::vector<double> sums = convolve(table, moments.data(), bins.count);
   const std::vector<double> weighted = convolve(table, moments.data() + bins.count * kTerms, bins.count);

@@ -124,6 +124,19 @@ def test_the_samplers_own_levels_make_the_budget_exact():
         assert summary.mean_ratio == pytest.approx(0.45, abs=0.5 * 16 / (1024 * cells) + 1e-6)
 
 
+@pytest.mark.parametrize("change", [torch.set_default_device, torch.set_default_dtype])
+def test_the_callers_defaults_do_not_move_the_counts(change):
+    source, larger = make_artifact(varying_table()), make_model(sample_size=64, pos_embed_max_size=32)
+    options = [dict(budget=0.55), dict(sigmas=[0.1, 0.6]), dict(ratio=0.6), dict(max_distinct_k=2), {}]
+    wanted = [shiva_ext.summary(enabled(larger, source, tile=1, **each)).kept for each in options]
+    change("meta" if change is torch.set_default_device else torch.bfloat16)
+    try:
+        got = [shiva_ext.summary(enabled(larger, source, tile=1, **each)).kept for each in options]
+    finally:
+        change("cpu" if change is torch.set_default_device else torch.float32)
+    assert got == wanted
+
+
 def enabled(model, *args, **options):
     shiva_ext.enable(model, *args, **options)
     return model

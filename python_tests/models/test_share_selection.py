@@ -12,7 +12,7 @@ from shiva_ext.models import adapter_for
 from shiva_ext.selection import RandomSelector, RatioTable, get_estimator
 from shiva_ext.training.stages import run_student, run_teacher
 
-from .tiny import LAYERS, N, make_artifact, make_inputs, make_model, run_by_hand, varying_table
+from .tiny import LAYERS, WIDTH, N, make_artifact, make_inputs, make_model, run_by_hand, varying_table
 
 PAIRED = RatioTable([0.2, 0.8], torch.tensor([[N, 8, 8, 4], [N, 12, 12, 6]]) / N)
 
@@ -63,6 +63,18 @@ def test_counts_that_differ_within_a_pair_become_equal_with_the_same_mean():
     assert all(row[1] == row[2] for row in rows.kept) and any(row[2] != row[3] for row in rows.kept)
     cells = (LAYERS - 1) * len(source.table.sigmas)
     assert rows.mean_ratio == pytest.approx(source.table.mean(), abs=2 / (N * cells))
+
+
+def test_the_summary_counts_the_router_once_a_pair():
+    model, router = make_model(), 2 * 16 * N * (WIDTH + 1)
+    alone = shiva_ext.summary(enabled(model, make_artifact(PAIRED)), steps=[0.7])
+    together = shiva_ext.summary(enabled(model, shared()), steps=[0.7])
+    assert alone.kept == together.kept and alone.flops[0] - together.flops[0] == router
+
+
+def enabled(model, artifact):
+    shiva_ext.enable(model, artifact)
+    return model
 
 
 def test_a_skipped_first_layer_leaves_the_choice_to_the_second():
@@ -124,7 +136,9 @@ def test_training_selects_once_and_checkpointing_changes_no_gradient(estimator, 
         inputs = {k: v for k, v in make_inputs().items() if k != "return_dict"}
         teacher = run_teacher(model, state, **inputs)
         ratios = torch.tensor([1.0, 0.4, 0.6, 0.7], requires_grad=True)
-        output, student = run_student(model, state, get_estimator(estimator), ratios, teacher, **inputs)
+        torch.manual_seed(0)
+        noisy = get_estimator(estimator, noise_fraction=2.0)  # one draw must serve both layers
+        output, student = run_student(model, state, noisy, ratios, teacher, **inputs)
         assert torch.equal(student.kept[1], student.kept[2]) and student.kept[1].shape == (2, 8)
         (output - teacher.output).square().mean().backward()
         assert ratios.grad[1] == ratios.grad[2] != 0

@@ -71,6 +71,18 @@ def test_infinite_scores_among_many_count_as_in_short_rows():
     assert torch.ops.shiva.soft_rank(place(scores), 0.3).isnan().all()
 
 
+def test_the_gradient_at_an_infinite_score_spoils_no_other():
+    torch.manual_seed(0)
+    scores, grad = torch.randn(1, 1000), torch.randn(1, 1000)
+    scores[0, 10] = torch.inf
+    wanted = torch.ops.shiva.soft_rank_backward(place(grad), place(scores), 0.3)
+    grad[0, 10] = 1e30
+    assert torch.equal(torch.ops.shiva.soft_rank_backward(place(grad), place(scores), 0.3), wanted)
+    grad[0, 500] = torch.inf
+    spoilt = torch.ops.shiva.soft_rank_backward(place(grad), place(scores), 0.3)[0].cpu()
+    assert spoilt[500].isnan() and (spoilt == torch.inf).sum() > 900
+
+
 @pytest.mark.parametrize("n", [40000, 300000])
 def test_a_rows_parts_do_not_depend_on_the_threads(n):
     torch.manual_seed(0)

@@ -42,7 +42,7 @@ class ModelAdapter(ABC):
         """Image tokens N at the size that the model's configuration names."""
 
     def token_costs(self, transformer: nn.Module) -> list[int]:
-        """Relative cost of an image token in each block, as integers from 1 to 32; all alike unless overridden."""
+        """Relative cost of an image token in each block, as small positive integers; all alike unless overridden."""
         return [1] * len(self.blocks(transformer))
 
     @abstractmethod

@@ -112,9 +112,9 @@ def _cheapest_tiles(wanted: Tensor, price: Tensor, times: Tensor, tiles: int, to
     """Start with one tile a cell and add the cheapest while the total allows; also returns what is left of it."""
     level = torch.arange(1, tiles)
     # Of the squared distance, from level to level + 1.
-    increase = (2 * level + 1 - 2 * wanted[:, None]) * (times / price)[:, None]
+    increase = (2 * level + 1 - 2 * wanted[:, None]) * (times.double() / price)[:, None]
     cell = (torch.argsort(increase.flatten(), stable=True) // max(tiles - 1, 1)).long()
-    left = total - price.sum() - price[cell].cumsum(0)
+    left = total - price.sum().double() - price[cell].cumsum(0).double()
     # 1e-6 forgives a budget such as 0.6 whose product with the token count is a rounding error short of an integer.
     taken = int((left > -1e-6).sum())
     start = 1 + torch.bincount(cell[:taken], minlength=len(wanted))
@@ -139,7 +139,7 @@ def _nearby_optimum(offset: Tensor, start: Tensor, price: Tensor, times: Tensor,
         best, choice = (reachable + distance[:, None]).min(dim=0)
         choices.append(choice)
 
-    miss = (state - gap).abs().masked_fill(best.isinf(), torch.inf)
+    miss = (state.double() - gap).abs().masked_fill(best.isinf(), torch.inf)
     at = int(miss.argmin())
     result = torch.empty_like(start)
     for cell in reversed(range(len(start))):

@@ -100,6 +100,7 @@ class Estimator(ABC):
         k_int: int,
         update: Tensor | None = None,
         with_index: bool = False,
+        noisy: bool = True,
     ) -> tuple[Tensor, Tensor]:
         """Process the ``k_int`` best tokens, pass the others through.
 
@@ -110,6 +111,7 @@ class Estimator(ABC):
             k_cont: the budget before the floor, see :func:`inclusion`.
             k_int: tokens that are processed, 0 <= k_int <= N.
             update: [B,N,D], the dense teacher's ``block(h) - h``; for estimators with ``needs_update``.
+            noisy: whether to perturb the scores here; False if they already are.
             with_index: call ``block_fn(tokens, kept)``, for blocks that must know which tokens they get.
 
         Returns:
@@ -124,7 +126,8 @@ class Estimator(ABC):
                 f"{type(self).__name__}: update is {got}, wanted the dense teacher's block update of shape "
                 f"{tuple(x.shape)}: run the teacher, or choose estimator='residual'"
             )
-        scores = perturb(scores, self.noise_fraction, self.generator)
+        if noisy:
+            scores = perturb(scores, self.noise_fraction, self.generator)
         tau_rank, tau_sel = anneal(self.progress, *self.tau_rank), anneal(self.progress, *self.tau_sel)
         pi = inclusion(scores, k_cont, tau_rank, tau_sel, noise_fraction=0)
         kept, rejected = ops.topk_select(scores.detach(), k_int)

@@ -29,8 +29,8 @@ class RatioTable:
     """
 
     def __init__(self, sigmas: Sequence[float] | Tensor, ratios: Tensor, first_layer: int = 1):
-        sigmas = torch.as_tensor(sigmas, dtype=torch.float32).detach().cpu()
-        ratios = torch.as_tensor(ratios, dtype=torch.float32).detach().cpu().contiguous()
+        sigmas = torch.as_tensor(sigmas, dtype=torch.float32, device="cpu").detach()
+        ratios = torch.as_tensor(ratios, dtype=torch.float32, device="cpu").detach().contiguous()
         if sigmas.ndim != 1 or ratios.ndim != 2 or not 0 < len(sigmas) == len(ratios):
             raise ValueError(
                 f"RatioTable: sigmas has shape {tuple(sigmas.shape)} and ratios {tuple(ratios.shape)}, "
@@ -52,7 +52,7 @@ class RatioTable:
     @classmethod
     def fixed(cls, ratio: float, num_layers: int, first_layer: int = 1) -> "RatioTable":
         """The same ratio in all pruned layers at all noise levels."""
-        ratios = torch.full((1, num_layers), float(ratio))
+        ratios = torch.full((1, num_layers), float(ratio), dtype=torch.float32, device="cpu")
         ratios[:, :first_layer] = 1
         return cls([0.5], ratios, first_layer)
 
@@ -63,7 +63,8 @@ class RatioTable:
 
         The sampler's own levels make the best grid: then nothing is rounded to a neighbour.
         """
-        grid = torch.as_tensor(grid if isinstance(grid, Tensor) else list(grid), dtype=torch.float32).unique()
+        grid = grid if isinstance(grid, Tensor) else list(grid)
+        grid = torch.as_tensor(grid, dtype=torch.float32, device="cpu").unique()
         device = policy.anchor.device
         return cls(grid, policy(grid.to(device)).cpu(), policy.config.first_layer)
 
@@ -111,13 +112,13 @@ class RatioTable:
     def mean(self, cost: Sequence[int] | Tensor | None = None) -> float:
         """Mean ratio over the grid and the pruned layers, weighted by ``cost``; what the budget is about."""
         pruned = self.ratios_tensor[:, self.first_layer :].double()
-        weights = torch.as_tensor(1 if cost is None else cost).expand(pruned.shape)
+        weights = torch.as_tensor(1 if cost is None else cost, device="cpu").expand(pruned.shape)
         return ((pruned * weights).sum() / weights.sum()).item()
 
     def at_levels(self, sigmas: Sequence[float] | Tensor) -> "RatioTable":
         """The table on other noise levels, in any order: each gets the row that :meth:`ratios` reads there."""
-        levels = torch.as_tensor(sigmas, dtype=torch.float32).detach().cpu().unique()
-        rows = torch.tensor([self.ratios(sigma) for sigma in levels.tolist()])
+        levels = torch.as_tensor(sigmas, dtype=torch.float32, device="cpu").detach().unique()
+        rows = torch.tensor([self.ratios(sigma) for sigma in levels.tolist()], dtype=torch.float32, device="cpu")
         return RatioTable(levels, rows, self.first_layer)
 
     def with_budget(
@@ -140,6 +141,10 @@ class RatioTable:
                 alike. Each row is a graph of its own to a compiler.
             together: sizes of runs of pruned layers that share their count, such as ``(2, 2, 1)``.
         """
+        with torch.device("cpu"):  # whatever device is the default one
+            return self._solved(budget, num_tokens, tile, cost, max_distinct, together)
+
+    def _solved(self, budget, num_tokens, tile, cost, max_distinct, together) -> "RatioTable":
         learned = self.ratios_tensor[:, self.first_layer :].double()
         S, P = learned.shape
         if max_distinct is not None and max_distinct < 1:
@@ -159,7 +164,7 @@ class RatioTable:
         solved = solve_budget(merged(learned) / sizes, num_tokens, budget, tile, merged(cost.expand(S, P)), sizes)
         solved = solved.repeat_interleave(torch.tensor(rows), dim=0).repeat_interleave(torch.tensor(columns), dim=1)
         ratios = self.ratios_tensor.clone()
-        ratios[:, self.first_layer :] = solved / num_tokens
+        ratios[:, self.first_layer :] = solved.double() / num_tokens
         return RatioTable(self.sigmas, ratios, self.first_layer)
 
     def distinct(self, num_tokens: int, tile: int = 1) -> int:

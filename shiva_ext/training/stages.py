@@ -8,7 +8,7 @@ from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import Tensor, nn
 
 from shiva_ext.hooks import SelectionState
-from shiva_ext.selection import Estimator
+from shiva_ext.selection import Estimator, perturb
 
 
 @dataclass
@@ -86,6 +86,8 @@ class StudentPass:
         first, scores = self.scores.get(group, (layer, None))
         if first == layer:  # also when gradient checkpointing runs it again
             scores = self.state.selector.scores(layer, x.detach(), 0.0, self.state.conditioning)
+            if group is not None:  # one draw of the exploration noise for all layers of the group
+                scores = perturb(scores, self.estimator.noise_fraction, self.estimator.generator)
         if group is not None:
             self.scores[group] = first, scores
         return scores
@@ -94,7 +96,7 @@ class StudentPass:
         """Called by the block's hook with its image tokens; ``run`` is the block on given tokens, with their index."""
         N, adapter = x.shape[1], self.state.adapter
         k = min(max(int(N * self.counts[layer]), 1), N)
-        scores = self._scores(layer, x)
+        scores, noisy = self._scores(layer, x), self.state.selector.group(layer) is None
         output = None
 
         def block(tokens: Tensor, kept: Tensor) -> Tensor:
@@ -103,7 +105,7 @@ class StudentPass:
             return adapter.image_tokens(output)
 
         update = self.teacher.update(layer) if self.estimator.needs_update else None
-        y, self.kept[layer] = self.estimator.apply(block, x, scores, N * self.ratios[layer], k, update, True)
+        y, self.kept[layer] = self.estimator.apply(block, x, scores, N * self.ratios[layer], k, update, True, noisy)
         self.outputs[layer] = y
         return adapter.with_image_tokens(output, y)
 
