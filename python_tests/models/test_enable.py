@@ -133,7 +133,7 @@ def test_the_callers_defaults_do_not_move_the_counts(change):
     try:
         got = [shiva_ext.summary(enabled(larger, source, tile=1, **each)).kept for each in options]
     finally:
-        change("cpu" if change is torch.set_default_device else torch.float32)
+        change(None if change is torch.set_default_device else torch.float32)
     assert got == wanted
 
 
