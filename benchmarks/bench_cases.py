@@ -120,16 +120,20 @@ def soft_rank(quick: bool) -> Iterator[Case]:
             )
 
 
-def _tokens(quick: bool) -> Iterator[tuple]:
-    """(B, N, D, dtype, kept share, x, kept)"""
+def _arrays(quick: bool) -> Iterator[tuple]:
+    """(B, N, D, dtype, x), as far as memory goes."""
     for B, N in QUICK_SHAPES if quick else SHAPES:
         for D in CHANNELS:
             for dtype in DTYPES:
-                if B * N * D * dtype.itemsize > ARRAY_LIMIT:
-                    continue
-                x = torch.randn(B, N, D).to(dtype)
-                for share in (0.6,) if quick else KEPT:
-                    yield B, N, D, dtype, share, x, shiva.topk_select(torch.randn(B, N), int(share * N))[0]
+                if B * N * D * dtype.itemsize <= ARRAY_LIMIT:
+                    yield B, N, D, dtype, torch.randn(B, N, D).to(dtype)
+
+
+def _tokens(quick: bool) -> Iterator[tuple]:
+    """(B, N, D, dtype, kept share, x, kept)"""
+    for B, N, D, dtype, x in _arrays(quick):
+        for share in (0.6,) if quick else KEPT:
+            yield B, N, D, dtype, share, x, shiva.topk_select(torch.randn(B, N), int(share * N))[0]
 
 
 def _flat(kept, N):
@@ -224,34 +228,29 @@ def residual_gate(quick: bool) -> Iterator[Case]:
 
 
 def router_score(quick: bool) -> Iterator[Case]:
-    for B, N in QUICK_SHAPES if quick else SHAPES:
-        for D in CHANNELS:
-            for dtype in DTYPES:
-                if B * N * D * dtype.itemsize > ARRAY_LIMIT:
-                    continue
-                x = torch.randn(B, N, D).to(dtype)
-                w_in = (torch.randn(HIDDEN, D) / D**0.5).to(dtype)
-                arguments = (x, torch.randn(B, HIDDEN), w_in, *(torch.randn(HIDDEN) for _ in range(3)), EPS)
-                yield Case(
-                    *("router_score", (B, N, D), _name(dtype), lambda a=arguments: shiva.router_score(*a)),
-                    lambda a=arguments: reference.router_score(*_wide(*a)),
-                    {"F.linear": lambda x=x, w=w_in: F.linear(x, w)},
-                    tolerance=4 * _tolerance(dtype),
-                )
-                grad, hidden_grad = torch.randn(B, N), torch.randn(B * N, HIDDEN).to(dtype)
-                leaves = [a.double().requires_grad_() if torch.is_tensor(a) else a for a in arguments]
+    for B, N, D, dtype, x in _arrays(quick):
+        w_in = (torch.randn(HIDDEN, D) / D**0.5).to(dtype)
+        arguments = (x, torch.randn(B, HIDDEN), w_in, *(torch.randn(HIDDEN) for _ in range(3)), EPS)
+        yield Case(
+            *("router_score", (B, N, D), _name(dtype), lambda a=arguments: shiva.router_score(*a)),
+            lambda a=arguments: reference.router_score(*_wide(*a)),
+            {"F.linear": lambda x=x, w=w_in: F.linear(x, w)},
+            tolerance=4 * _tolerance(dtype),
+        )
+        grad, hidden_grad = torch.randn(B, N), torch.randn(B * N, HIDDEN).to(dtype)
+        leaves = [a.double().requires_grad_() if torch.is_tensor(a) else a for a in arguments]
 
-                def exact(leaves=leaves, grad=grad):
-                    scores = reference.router_score(*leaves)
-                    return torch.autograd.grad(scores, leaves[:-1], grad.double())
+        def exact(leaves=leaves, grad=grad):
+            scores = reference.router_score(*leaves)
+            return torch.autograd.grad(scores, leaves[:-1], grad.double())
 
-                yield Case(
-                    *("router_score backward", (B, N, D), _name(dtype)),
-                    lambda g=grad, a=arguments: shiva.router_score_backward(g, *a),
-                    exact,
-                    {"F.linear's backward": lambda x=x, w=w_in, g=hidden_grad: (g @ w, g.T @ x.flatten(0, 1))},
-                    tolerance=4 * _tolerance(dtype) * max(1.0, B * N / 1024) ** 0.5,  # of sums over all tokens
-                )
+        yield Case(
+            *("router_score backward", (B, N, D), _name(dtype)),
+            lambda g=grad, a=arguments: shiva.router_score_backward(g, *a),
+            exact,
+            {"F.linear's backward": lambda x=x, w=w_in, g=hidden_grad: (g @ w, g.T @ x.flatten(0, 1))},
+            tolerance=4 * _tolerance(dtype) * max(1.0, B * N / 1024) ** 0.5,  # of sums over all tokens
+        )
 
 
 MAKERS = {

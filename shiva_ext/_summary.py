@@ -46,7 +46,8 @@ class Summary:
         lines = [
             f"shiva_ext: {self.hooked} of {len(layers)} blocks hooked, {self.num_tokens} image tokens, "
             f"mean ratio {self.mean_ratio:.3f}, {sum(self.flops) / len(self.flops) / 1e9:.3f} of "
-            f"{self.dense_flops / 1e9:.3f} GFLOPs a step ({self.flop_speedup:.2f}x)",
+            f"{self.dense_flops / 1e9:.3f} GFLOPs a step ({self.flop_speedup:.2f}x), "
+            f"{len(set(self.kept))} different sets of token counts",
             "sigma  " + " ".join(f"L{layer:<4}" for layer in layers),
         ]
         for sigma, row in zip(self.sigmas, self.kept, strict=True):
@@ -98,11 +99,9 @@ def summary(
 
     def flops(row):
         pruned = {layer: k for layer, k in enumerate(row) if k < num_tokens}
-        total = state.adapter.forward_flops(handle.transformer, text_tokens, num_tokens, pruned, width)
-        groups = [state.selector.group(layer) for layer in pruned] if hasattr(state.selector, "group") else []
-        shared = [group for group in groups if group is not None]  # of these only the first is scored
-        dim = state.adapter.dims(handle.transformer)["dim"]
-        return total - (len(shared) - len(set(shared))) * 2 * width * num_tokens * (dim + 1)
+        return state.adapter.forward_flops(
+            handle.transformer, text_tokens, num_tokens, pruned, width, state.choosing(pruned)
+        )
 
     return Summary(
         num_tokens,

@@ -61,6 +61,9 @@ class Handle:
 
             with handle.at(0.7).exportable() as transformer:
                 program = torch.export.export(transformer, (), inputs, strict=True)
+
+        Raises:
+            RuntimeError: no noise level was announced.
         """
         if not self.state.quota:
             raise RuntimeError("shiva_ext: an export is of one noise level's token counts; call handle.at(sigma) first")
@@ -187,8 +190,9 @@ def enable(
             :mod:`shiva_ext.selection` such as ``RandomSelector(0.6)``.
         ratio: keep this share of the tokens in every layer and step instead of the learned schedule; 1 is dense.
         budget: keep the learned schedule's form, but move it to this mean share, without training. The token counts
-            of all steps and layers then meet it to within one tile, at the model's own image size and with every
-            layer's tokens weighted by what they cost; see :func:`~shiva_ext.selection.solve_budget`.
+            of all steps and layers then meet it to within one tile (of every step that shares it), at the model's own
+            image size and with every layer's tokens weighted by what they cost; see
+            :func:`~shiva_ext.selection.solve_budget`.
         tile: token counts are multiples of this. One that divides the model's token count keeps the schedule's mean
             to within a tile; any other just rounds each count, and is refused where the table has to be solved
             (``budget``, ``sigmas``, ``max_distinct_k``, a shared selection). By default

@@ -1,6 +1,7 @@
 """Token selection around a model's own blocks, through diffusers' hook registry. No forward is rewritten."""
 
 import math
+from collections.abc import Iterable
 from contextlib import contextmanager
 from functools import partial
 from typing import Protocol
@@ -102,9 +103,23 @@ class SelectionState:
             k = lower if lower and k - lower < upper - k else upper
         return max(k, 1)
 
+    def group(self, layer: int) -> int | None:
+        """Layers of one group select once, for all of them; None selects for itself."""
+        return self.selector.group(layer) if hasattr(self.selector, "group") else None
+
+    def choosing(self, layers: Iterable[int]) -> list[int]:
+        """Those of the layers, in their order, that select tokens: the first of each group."""
+        groups, found = set(), []
+        for layer in layers:
+            group = self.group(layer)
+            if group is None or group not in groups:
+                found.append(layer)
+            groups.add(group)
+        return found
+
     def select(self, layer: int, x: Tensor, k: int) -> Tensor:
         """Indices [B,k] of the tokens of x [B,N,D] that a layer keeps, ascending."""
-        group = self.selector.group(layer) if hasattr(self.selector, "group") else None
+        group = self.group(layer)
         first, kept = self.chosen.get(group, (layer, None))
         if first == layer:  # also when gradient checkpointing runs it again
             kept = self._choose(layer, x, k)

@@ -41,13 +41,16 @@ SortedRow<T> sort_row(const T* scores, int64_t n) {
   return row;
 }
 
-// Fills the row's result where an infinity or NaN decides it, and calls window(begin, end) for finite chunks.
-// pair_of_infinities is NaN: inf - inf. lone_low and lone_high: the limits for a single infinite score.
+// The results of infinite scores: NaN where there are two of them, inf - inf, else the limits lone_low and lone_high.
 template <typename T>
-void fill_infinite(const SortedRow<T>& row, int64_t n, T lone_low, T lone_high, T* out) {
-  const T nan = std::numeric_limits<T>::quiet_NaN();
-  for (int64_t i = 0; i < row.low; ++i) out[row.order[i]] = row.low > 1 ? nan : lone_low;
-  for (int64_t i = row.high; i < n; ++i) out[row.order[i]] = n - row.high > 1 ? nan : lone_high;
+void fill_infinite(const T* scores, int64_t n, T lone_low, T lone_high, T* out) {
+  const T inf = std::numeric_limits<T>::infinity(), nan = std::numeric_limits<T>::quiet_NaN();
+  const auto low = std::count(scores, scores + n, -inf), high = std::count(scores, scores + n, inf);
+  if (low + high == 0) return;
+  for (int64_t i = 0; i < n; ++i) {
+    if (scores[i] == -inf) out[i] = low > 1 ? nan : lone_low;
+    if (scores[i] == inf) out[i] = high > 1 ? nan : lone_high;
+  }
 }
 
 template <typename T>
@@ -68,22 +71,15 @@ void run(const T* grad, const Tensor& dense, double tau, T lone_low, T lone_high
   for (int64_t b = 0; b < B; ++b) {
     const T* scores = data<T>(dense) + b * N;
     T* result = out + b * N;
-    if (by_moments(grad == nullptr ? nullptr : grad + b * N, scores, N, tau, result)) {
-      const int64_t low = std::count(scores, scores + N, -std::numeric_limits<T>::infinity());
-      const int64_t high = std::count(scores, scores + N, std::numeric_limits<T>::infinity());
-      const T nan = std::numeric_limits<T>::quiet_NaN();
-      for (int64_t i = 0; i < N && low + high > 0; ++i)
-        if (std::isinf(scores[i]))
-          result[i] = scores[i] < 0 ? (low > 1 ? nan : lone_low) : (high > 1 ? nan : lone_high);
-      continue;
-    }
-    const SortedRow<T> row = N > 1 ? sort_row(scores, N) : SortedRow<T>{{T(0)}, {0}, 0, 1, false};
-    if (row.has_nan) {
-      std::fill(result, result + N, std::numeric_limits<T>::quiet_NaN());
-    } else {
-      fill_infinite(row, N, lone_low, lone_high, result);
+    if (!by_moments(grad == nullptr ? nullptr : grad + b * N, scores, N, tau, result)) {
+      const SortedRow<T> row = N > 1 ? sort_row(scores, N) : SortedRow<T>{{T(0)}, {0}, 0, 1, false};
+      if (row.has_nan) {
+        std::fill(result, result + N, std::numeric_limits<T>::quiet_NaN());
+        continue;
+      }
       compute(row, b, N, result);
     }
+    if (N > 1) fill_infinite(scores, N, lone_low, lone_high, result);
   }
 }
 

@@ -1,6 +1,6 @@
 """Floating-point operations of a transformer's forward pass, counted from its settings."""
 
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 
 from diffusers import FluxTransformer2DModel, PixArtTransformer2DModel, SD3Transformer2DModel
 
@@ -18,6 +18,11 @@ def attention_flops(dim: int, image_tokens: int, text_tokens: int = 0, text_outp
     return 2 * projections * dim * dim + 4 * total * total * dim
 
 
+def router_flops(dim: int, width: int, tokens: int) -> int:
+    """Operations of scoring ``tokens`` tokens of ``dim`` channels once: Shiva-DiT (arXiv 2602.05605), eq. 9."""
+    return 2 * width * tokens * (dim + 1)
+
+
 def _checked(name: str, kept: Mapping[int, int] | None, layers: int, N: int) -> dict[int, int]:
     kept = dict(kept or {})
     for layer, k in kept.items():
@@ -32,6 +37,7 @@ def sd3_forward_flops(
     image_tokens: int | None = None,
     kept: Mapping[int, int] | None = None,
     router_width: int = 0,
+    scored: Collection[int] | None = None,
 ) -> int:
     """Floating-point operations of one forward pass of one sample (no guidance: that makes two samples of it).
 
@@ -46,6 +52,7 @@ def sd3_forward_flops(
         kept: kept image tokens of each pruned layer, e.g. ``{1: 154, 2: 154}``; layers not named are dense.
         router_width: hidden width of the router that scores all tokens at the entry of each pruned layer (eq. 9);
             0 for methods without a learned router.
+        scored: the layers whose tokens it scores; by default all pruned ones. Fewer where layers share a selection.
 
     Raises:
         ValueError: a layer that does not exist, or more kept tokens than there are.
@@ -65,8 +72,7 @@ def sd3_forward_flops(
         total += attention_flops(D, k, text_tokens, text_output=not last)
         total += attention_flops(D, k) if dual else 0
         total += 16 * D * D * (k + (0 if last else text_tokens))  # MLPs, four times as wide inside
-        if layer in kept and router_width:
-            total += 2 * router_width * N * (D + 1)
+    total += len(kept if scored is None else scored) * router_flops(D, router_width, N)
     total += 2 * D * 2 * D  # modulation of the output norm
     total += 2 * N * D * patch * out_channels
     return total
@@ -78,6 +84,7 @@ def pixart_forward_flops(
     image_tokens: int | None = None,
     kept: Mapping[int, int] | None = None,
     router_width: int = 0,
+    scored: Collection[int] | None = None,
 ) -> int:
     """The same as :func:`sd3_forward_flops` for PixArt: cross-attention to the prompt, whose tokens do not change."""
     config = transformer.config
@@ -97,9 +104,8 @@ def pixart_forward_flops(
         total += attention_flops(D, k)
         total += 4 * k * D * D + 4 * text_tokens * context * D + 4 * k * text_tokens * D  # cross-attention
         total += 16 * D * D * k
-        if layer in kept and router_width:
-            total += 2 * router_width * N * (D + 1)
     out_channels = config.in_channels if config.out_channels is None else config.out_channels
+    total += len(kept if scored is None else scored) * router_flops(D, router_width, N)
     return total + 2 * N * D * patch * out_channels
 
 
@@ -109,6 +115,7 @@ def flux_forward_flops(
     image_tokens: int | None = None,
     kept: Mapping[int, int] | None = None,
     router_width: int = 0,
+    scored: Collection[int] | None = None,
 ) -> int:
     """The same as :func:`sd3_forward_flops` for Flux, whose layers are the joint blocks and then the single ones.
 
@@ -128,7 +135,6 @@ def flux_forward_flops(
             total += attention_flops(D, k, T) + 16 * D * D * (k + T) + 2 * D * D * 12
         else:  # attention without an output projection, beside the MLP; one projection for both
             total += 2 * 12 * D * D * (k + T) + 4 * (k + T) ** 2 * D + 2 * D * D * 3
-        if layer in kept and router_width:
-            total += 2 * router_width * N * (D + 1)
     out_channels = config.in_channels if config.out_channels is None else config.out_channels
+    total += len(kept if scored is None else scored) * router_flops(D, router_width, N)
     return total + 2 * D * 2 * D + 2 * N * D * config.patch_size**2 * out_channels

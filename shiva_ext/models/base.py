@@ -2,7 +2,7 @@
 
 import inspect
 from abc import ABC, abstractmethod
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from typing import NamedTuple
 
 from torch import Tensor, nn
@@ -53,6 +53,7 @@ class ModelAdapter(ABC):
         image_tokens: int | None = None,
         kept: Mapping[int, int] | None = None,
         router_width: int = 0,
+        scored: Collection[int] | None = None,
     ) -> int:
         """Operations of one sample's forward pass; see :mod:`shiva_ext.evaluation.flops`."""
 

@@ -30,8 +30,8 @@ class FluxAdapter(ModelAdapter):
     def num_tokens(self, transformer: nn.Module) -> int:
         return 64 * 64  # 1024 x 1024 pixels, the pipeline's default; the configuration names no size
 
-    def forward_flops(self, transformer: nn.Module, text_tokens: int, image_tokens=None, kept=None, router_width=0):
-        return flux_forward_flops(transformer, text_tokens, image_tokens, kept, router_width)
+    def forward_flops(self, transformer: nn.Module, *args, **options) -> int:
+        return flux_forward_flops(transformer, *args, **options)
 
     def conditioning(self, transformer: nn.Module, arguments: dict) -> Conditioning:
         pooled, guidance = arguments["pooled_projections"], arguments.get("guidance")

@@ -28,8 +28,8 @@ class PixArtAdapter(ModelAdapter):
     def num_tokens(self, transformer: nn.Module) -> int:
         return (transformer.config.sample_size // transformer.config.patch_size) ** 2
 
-    def forward_flops(self, transformer: nn.Module, text_tokens: int, image_tokens=None, kept=None, router_width=0):
-        return pixart_forward_flops(transformer, text_tokens, image_tokens, kept, router_width)
+    def forward_flops(self, transformer: nn.Module, *args, **options) -> int:
+        return pixart_forward_flops(transformer, *args, **options)
 
     def conditioning(self, transformer: nn.Module, arguments: dict) -> Conditioning:
         if arguments.get("attention_mask") is not None:

@@ -32,8 +32,8 @@ class SD3Adapter(ModelAdapter):
         dual = transformer.config.dual_attention_layers
         return [4 if layer in dual else 3 for layer in range(len(transformer.transformer_blocks))]
 
-    def forward_flops(self, transformer: nn.Module, text_tokens: int, image_tokens=None, kept=None, router_width=0):
-        return sd3_forward_flops(transformer, text_tokens, image_tokens, kept, router_width)
+    def forward_flops(self, transformer: nn.Module, *args, **options) -> int:
+        return sd3_forward_flops(transformer, *args, **options)
 
     def conditioning(self, transformer: nn.Module, arguments: dict) -> Conditioning:
         timestep, pooled = arguments["timestep"], arguments["pooled_projections"]

@@ -167,10 +167,6 @@ class RatioTable:
         ratios[:, self.first_layer :] = solved.double() / num_tokens
         return RatioTable(self.sigmas, ratios, self.first_layer)
 
-    def distinct(self, num_tokens: int, tile: int = 1) -> int:
-        """How many different token counts per layer the table holds: the graphs that a compiler makes."""
-        return len({self.tokens(sigma, num_tokens, tile) for sigma in self.sigmas})
-
     def __eq__(self, other: object) -> bool:
         return (
             isinstance(other, RatioTable)

@@ -73,8 +73,8 @@ class StudentPass:
 
     def _together(self, ratios: Tensor) -> Tensor:
         """Layers that select together keep the mean of their ratios."""
-        selector = self.state.selector
-        groups = [None if i < selector.first_layer else selector.group(i) for i in range(len(ratios))]
+        first = self.state.selector.first_layer
+        groups = [None if i < first else self.state.group(i) for i in range(len(ratios))]
         if not any(group is not None for group in groups):
             return ratios
         members = [[j for j, other in enumerate(groups) if other == group] for group in groups]
@@ -82,7 +82,7 @@ class StudentPass:
 
     def _scores(self, layer: int, x: Tensor) -> Tensor:
         """The router learns from the estimator alone: its input carries no gradient back into the backbone."""
-        group = self.state.selector.group(layer)
+        group = self.state.group(layer)
         first, scores = self.scores.get(group, (layer, None))
         if first == layer:  # also when gradient checkpointing runs it again
             scores = self.state.selector.scores(layer, x.detach(), 0.0, self.state.conditioning)
@@ -96,7 +96,7 @@ class StudentPass:
         """Called by the block's hook with its image tokens; ``run`` is the block on given tokens, with their index."""
         N, adapter = x.shape[1], self.state.adapter
         k = min(max(int(N * self.counts[layer]), 1), N)
-        scores, noisy = self._scores(layer, x), self.state.selector.group(layer) is None
+        scores, noisy = self._scores(layer, x), self.state.group(layer) is None
         output = None
 
         def block(tokens: Tensor, kept: Tensor) -> Tensor:
@@ -105,7 +105,9 @@ class StudentPass:
             return adapter.image_tokens(output)
 
         update = self.teacher.update(layer) if self.estimator.needs_update else None
-        y, self.kept[layer] = self.estimator.apply(block, x, scores, N * self.ratios[layer], k, update, True, noisy)
+        y, self.kept[layer] = self.estimator.apply(
+            block, x, scores, N * self.ratios[layer], k, update, with_index=True, noisy=noisy
+        )
         self.outputs[layer] = y
         return adapter.with_image_tokens(output, y)
 
