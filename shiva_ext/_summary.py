@@ -1,8 +1,9 @@
 """What an enabled model keeps, layer by layer and step by step, and what that saves."""
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
+from . import hooks
 from .api import get_handle
 from .evaluation.overhead import share_of_ops
 
@@ -18,6 +19,7 @@ class Summary:
         flops: operations of each step's forward for one sample, S of them.
         dense_flops: the same for the dense model.
         hooked: hooked layers.
+        wrapped: why hooked blocks do not run in their fused form, by layer; empty if all do.
         op_shares: share of the time that each of the package's ops took, if a run was measured, else None.
     """
 
@@ -27,6 +29,7 @@ class Summary:
     flops: tuple[int, ...]
     dense_flops: int
     hooked: int
+    wrapped: dict[int, str] = field(default_factory=dict)
     op_shares: dict[str, float] | None = None
 
     @property
@@ -41,6 +44,13 @@ class Summary:
         """Dense operations over the mean step's: the speed-up if time followed operations."""
         return self.dense_flops * len(self.flops) / sum(self.flops)
 
+    def _fused(self) -> str:
+        reasons: dict[str, list[str]] = {}
+        for layer, reason in self.wrapped.items():
+            reasons.setdefault(reason, []).append(f"L{layer}")
+        others = "; ".join(f"wrapped {' '.join(layers)}: {reason}" for reason, layers in reasons.items())
+        return f"{self.hooked - len(self.wrapped)} blocks run fused" + (f"; {others}" if others else "")
+
     def __str__(self) -> str:
         layers = range(len(self.kept[0]))
         lines = [
@@ -48,6 +58,7 @@ class Summary:
             f"mean ratio {self.mean_ratio:.3f}, {sum(self.flops) / len(self.flops) / 1e9:.3f} of "
             f"{self.dense_flops / 1e9:.3f} GFLOPs a step ({self.flop_speedup:.2f}x), "
             f"{len(set(self.kept))} different sets of token counts",
+            self._fused(),
             "sigma  " + " ".join(f"L{layer:<4}" for layer in layers),
         ]
         for sigma, row in zip(self.sigmas, self.kept, strict=True):
@@ -74,8 +85,9 @@ def summary(
         steps: noise levels, or how many of them spread evenly over (0, 1].
         text_tokens: prompt tokens that run with the image.
         run: a call of the model or pipeline, such as ``lambda: pipe("a cat")``; it is made once, under torch's
-            profiler, to measure the share of time that selection takes. Not for compiled models, whose profile is their
-            compiler's.
+            profiler, to measure the share of time that the package's ops take. Blocks that run fused do their norms
+            and gates in them; enable with ``fused=False`` to see selection alone. Not for compiled models, whose
+            profile is their compiler's.
 
     Raises:
         RuntimeError: the model is not enabled.
@@ -103,6 +115,7 @@ def summary(
             handle.transformer, text_tokens, num_tokens, pruned, width, state.choosing(pruned)
         )
 
+    shares = None if run is None else share_of_ops(run)
     return Summary(
         num_tokens,
         tuple(sigmas),
@@ -110,5 +123,6 @@ def summary(
         tuple(flops(row) for row in kept),
         state.adapter.forward_flops(handle.transformer, text_tokens, num_tokens),
         handle.num_hooked,
-        None if run is None else share_of_ops(run),
+        hooks.wrapped_blocks(handle.transformer, state),
+        shares,
     )

@@ -179,6 +179,7 @@ def enable(
     share_selection: bool | None = None,
     batched_guidance: bool | None = None,
     adapter: bool = True,
+    fused: bool = True,
 ) -> Handle:
     """Make a model process only the tokens that matter.
 
@@ -207,6 +208,9 @@ def enable(
         batched_guidance: whether the batch is (unconditional, conditional); such pairs keep the same tokens. By default
             what the pipeline says, and False for a bare transformer.
         adapter: whether to merge the artefact's tuned weights into the model.
+        fused: run blocks whose class is known in a form that gathers and normalises, and gates and scatters, in one
+            pass each; equal to the wrapped block within rounding. :func:`summary` names blocks that run wrapped anyway,
+            and why. False wraps every block.
 
     Returns:
         A :class:`Handle`; use it as a context manager to disable at the end. Enabling again replaces what was enabled.
@@ -227,7 +231,7 @@ def enable(
     # On meta are the weights of an offloaded model.
     if router is not None and device.type != "meta" and next(router.parameters()).device != device:
         router.to(device)
-    state = hooks.SelectionState(selector, adapter_for(transformer), tile, bool(batched_guidance))
+    state = hooks.SelectionState(selector, adapter_for(transformer), tile, bool(batched_guidance), fused)
     handle = Handle(transformer, state)
     try:
         if adapter and getattr(selector, "adapter", None) is not None:

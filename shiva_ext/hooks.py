@@ -13,6 +13,7 @@ from torch import Tensor, nn
 
 from . import ops
 from .models import Conditioning, ModelAdapter
+from .models.fused import find_form, why_not
 from .selection.budget import default_tile
 
 HOOK_NAME = "shiva_ext"
@@ -41,14 +42,22 @@ class SelectionState:
         active: False makes every hook a plain call of the model (the dense teacher's run).
         captured: a dict to collect each hooked block's (input, output) tokens in while not active, else None.
         trainer: takes over a pruned block while training, see ``training/stages.py``.
+        fused: whether blocks that have a fused form run in it.
+        wrapped: why blocks of the last call that was not compiled ran wrapped all the same, by layer.
         chosen: for groups of layers that select together, the first of them and its indices [B,k].
         records: per call while recording, ``{"timestep", "kept": {layer: [B,k]}}``.
     """
 
     def __init__(
-        self, selector: Selector, adapter: ModelAdapter, tile: int | None = None, batched_guidance: bool = False
+        self,
+        selector: Selector,
+        adapter: ModelAdapter,
+        tile: int | None = None,
+        batched_guidance: bool = False,
+        fused: bool = True,
     ):
-        self.selector, self.adapter = selector, adapter
+        self.selector, self.adapter, self.fused = selector, adapter, fused
+        self.wrapped: dict[int, str] = {}
         self.tile, self.batched_guidance = tile, batched_guidance
         self.active, self.trainer = True, None
         self.captured: dict[int, tuple[Tensor, Tensor]] | None = None
@@ -208,6 +217,7 @@ class TransformerHook(ModelHook):
         known = state.fixed or (state.watch is not None and state.watch.announced(timestep))
         if state.trainer is None and not known:
             state.read_sigma(timestep)  # waits for the GPU
+        state.wrapped = {}
         if state.recording:
             state.entry = {"timestep": state.sigma * 1000, "kept": {}}
             state.records.append(state.entry)
@@ -220,11 +230,23 @@ class TransformerHook(ModelHook):
 
 
 class BlockHook(ModelHook):
-    """On one block: gather the kept tokens, run the block itself on them, put them back among the others."""
+    """On one block: gather the kept tokens, run the block itself on them, put them back among the others.
 
-    def __init__(self, state: SelectionState, layer: int):
+    The fused form of a block, where it has one, does the gathering and putting back on the way.
+    """
+
+    def __init__(self, state: SelectionState, layer: int, block: nn.Module):
         super().__init__()
         self.state, self.layer = state, layer
+        self.form = find_form(block)
+
+    def why_wrapped(self, module: nn.Module, arguments: dict) -> str | None:
+        """Why a call with these named arguments does not run fused; None if it does."""
+        if not self.state.fused:
+            return "fused=False"
+        if isinstance(self.form, str):
+            return self.form
+        return why_not(module, self.form, self.fn_ref.original_forward, arguments)
 
     def new_forward(self, module: nn.Module, *args, **kwargs):
         state, forward = self.state, self.fn_ref.original_forward
@@ -246,6 +268,12 @@ class BlockHook(ModelHook):
         if k == N:
             return run(x)
         kept = state.select(self.layer, x, k)
+        arguments = state.adapter.bind(forward, args, kwargs)
+        reason = self.why_wrapped(module, arguments)
+        if reason is None:
+            return state.adapter.call_fused(self.form, module, x, kept, arguments)
+        if not torch.compiler.is_compiling():
+            state.wrapped[self.layer] = reason
         output = run(ops.token_gather(x, kept), kept)
         processed = state.adapter.image_tokens(output).to(x.dtype)
         return state.adapter.with_image_tokens(output, ops.token_scatter(x, kept, processed))
@@ -267,9 +295,21 @@ def attach(transformer: nn.Module, state: SelectionState) -> int:
         )
     for layer, block in enumerate(blocks):
         if layer >= first_layer:
-            _install(block, BlockHook(state, layer))
+            _install(block, BlockHook(state, layer, block))
     _install(transformer, TransformerHook(state))
     return len(blocks) - first_layer
+
+
+def wrapped_blocks(transformer: nn.Module, state: SelectionState) -> dict[int, str]:
+    """Why hooked blocks do not run in their fused form, by layer: in general, or in the last call."""
+    found = {}
+    for layer, block in enumerate(state.adapter.blocks(transformer)):
+        registry = getattr(block, "_diffusers_hook", None)
+        hook = None if registry is None else registry.get_hook(HOOK_NAME)
+        reason = None if hook is None else hook.why_wrapped(block, {}) or state.wrapped.get(layer)
+        if reason is not None:
+            found[layer] = reason
+    return found
 
 
 def detach(transformer: nn.Module) -> None:

@@ -12,6 +12,8 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 import shiva_ext
 
+from . import test_flux as flux
+from . import test_pixart as pixart
 from .tiny import make_artifact, make_inputs, make_model, varying_table
 
 
@@ -47,7 +49,7 @@ def test_a_strict_export_equals_eager(small):
         program = torch.export.export(transformer, (), inputs, strict=True)
     assert list(model.state_dict()) == names
     assert torch.equal(program.module()(**inputs)[0], wanted)
-    ops = {f"shiva.{op}.default" for op in ("router_score", "topk_select", "token_gather", "token_scatter")}
+    ops = {f"shiva.{op}.default" for op in ("router_score", "topk_select", "gather_modulate", "scatter_residual")}
     assert ops <= op_names(program)
     assert torch.equal(model(**inputs)[0], wanted)
 
@@ -151,24 +153,49 @@ class NoTransfers(TorchDispatchMode):
         return result
 
 
+FAMILIES = {
+    "sd3": (make_model, lambda model: make_artifact(varying_table()), lambda model, **o: make_inputs(**o)),
+    "flux": (
+        lambda: flux.make_model(guidance_embeds=True),
+        lambda m: flux.make_artifact(m, flux.table()),
+        flux.make_inputs,
+    ),
+    "pixart": (
+        pixart.make_model,
+        lambda model: pixart.make_artifact(model, pixart.table()),
+        lambda model, **o: pixart.make_inputs(**o),
+    ),
+}
+
+
+def on_the_pretended_gpu(inputs: dict, dtype: torch.dtype) -> dict:
+    def move(value):
+        if not torch.is_tensor(value):
+            return value
+        return torch.empty(value.shape, dtype=dtype if value.is_floating_point() else value.dtype, device="cuda")
+
+    return {name: move(value) for name, value in inputs.items()}
+
+
+@pytest.mark.parametrize("fused", [True, False], ids=["fused", "wrapped"])
 @pytest.mark.parametrize("options", [{}, {"share_selection": True}, {"ratio": 0.6, "tile": 4}], ids=str)
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
-def test_a_pruned_step_on_a_gpu_depends_on_no_data_and_waits_for_nothing(options, dtype):
-    model, source = make_model().to(dtype), make_artifact(varying_table())
+@pytest.mark.parametrize("family", FAMILIES)
+def test_a_pruned_step_on_a_gpu_depends_on_no_data_and_waits_for_nothing(family, options, dtype, fused):
+    build, artifact, arguments = FAMILIES[family]
+    model = build().to(dtype)
+    source, wanted = artifact(model), arguments(model)
     mode = FakeTensorMode(allow_non_fake_inputs=False, static_shapes=True)
     on_a_pretended_gpu(model, mode)
     on_a_pretended_gpu(source.router, mode)
-    handle = shiva_ext.enable(model, source, batched_guidance=True, **options)
+    handle = shiva_ext.enable(model, source, batched_guidance=True, fused=fused, **options)
     with mode, torch.no_grad():
-        inputs = {
-            name: torch.empty(v.shape, dtype=v.dtype, device="cuda") if torch.is_tensor(v) else v
-            for name, v in make_inputs(dtype=dtype).items()
-        }
+        inputs = on_the_pretended_gpu(wanted, dtype)
         for sigma in (0.2, 0.8):
             handle.at(sigma)
             with WithoutGuard(), NoTransfers():
                 output = model(**inputs)[0]
-            assert output.device.type == "cuda" and output.shape == inputs["hidden_states"].shape
+            assert output.device.type == "cuda" and len(output) == len(inputs["hidden_states"])
 
 
 def test_reading_the_level_from_the_timestep_is_what_that_test_would_find():

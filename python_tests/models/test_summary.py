@@ -70,8 +70,9 @@ def test_it_prints_a_row_for_each_step(model):
     shiva_ext.enable(model, make_artifact(varying_table()), tile=4)
     text = str(shiva_ext.summary(model, steps=[0.9, 0.1]))
     assert text.splitlines()[0].startswith("shiva_ext: 3 of 4 blocks hooked, 16 image tokens, mean ratio 0.")
-    assert [line.split()[0] for line in text.splitlines()[1:]] == ["sigma", "0.900", "0.100"]
-    assert all(int(k) % 4 == 0 for line in text.splitlines()[2:] for k in line.split()[1:])
+    assert text.splitlines()[1] == "3 blocks run fused"
+    assert [line.split()[0] for line in text.splitlines()[2:]] == ["sigma", "0.900", "0.100"]
+    assert all(int(k) % 4 == 0 for line in text.splitlines()[3:] for k in line.split()[1:])
 
 
 def test_it_leaves_a_fixed_noise_level_alone(model):
@@ -93,8 +94,9 @@ def test_what_it_needs_is_said_clearly(artifact):
         shiva_ext.summary(model, steps=[torch.tensor(500.0).item()])
 
 
-def test_a_measured_run_tells_the_share_of_each_op(model, artifact):
-    shiva_ext.enable(model, artifact, ratio=0.5)
+@pytest.mark.parametrize("fused", [True, False])
+def test_a_measured_run_tells_the_share_of_each_op(model, artifact, fused):
+    shiva_ext.enable(model, artifact, ratio=0.5, fused=fused)
     assert shiva_ext.summary(model).op_shares is None
     calls = []
 
@@ -103,7 +105,8 @@ def test_a_measured_run_tells_the_share_of_each_op(model, artifact):
 
     summary = shiva_ext.summary(model, run=run)
     assert len(calls) == 1
-    assert set(summary.op_shares) == {"router_score", "topk_select", "token_gather", "token_scatter"}
+    moves = {"gather_modulate", "scatter_residual"} if fused else {"token_gather", "token_scatter"}
+    assert set(summary.op_shares) == {"router_score", "topk_select"} | moves
     shares = list(summary.op_shares.values())
     assert shares == sorted(shares, reverse=True) and 0 < min(shares) and sum(shares) < 1
     assert str(summary).splitlines()[-1].startswith(f"share of time: {sum(shares):.2%} in the package's ops (")

@@ -7,6 +7,8 @@ from typing import NamedTuple
 
 from torch import Tensor, nn
 
+from .fused import FusedForm
+
 
 class Conditioning(NamedTuple):
     """What the backbone itself knows of the step and the prompt."""
@@ -73,6 +75,10 @@ class ModelAdapter(ABC):
         if self.image_argument in kwargs:
             return forward(*args, **{**kwargs, self.image_argument: tokens})
         return forward(tokens, *args[1:], **kwargs)
+
+    def call_fused(self, form: FusedForm, block: nn.Module, x: Tensor, kept: Tensor, arguments: dict):
+        """Run a block's fused form on the kept [B,k] of all tokens x [B,N,D]; the output has all N."""
+        return form.run(block, x, kept, arguments)
 
     @staticmethod
     def bind(forward, args: tuple, kwargs: dict) -> dict:

@@ -6,6 +6,7 @@ from torch import Tensor, nn
 from .. import ops
 from ..evaluation.flops import flux_forward_flops
 from .base import Conditioning, ModelAdapter, register
+from .fused import FusedForm
 
 
 @register
@@ -44,9 +45,20 @@ class FluxAdapter(ModelAdapter):
 
     def call(self, forward, tokens: Tensor, args: tuple, kwargs: dict, kept: Tensor | None = None):
         arguments = {**self.bind(forward, args, kwargs), self.image_argument: tokens}
-        tables = arguments.get("image_rotary_emb")
-        if kept is None or tables is None:
+        if kept is None:
             return forward(**arguments)
+        return self._each_sample(lambda tokens, kept, own: forward(**own), tokens, kept, arguments)
+
+    def call_fused(self, form: FusedForm, block: nn.Module, x: Tensor, kept: Tensor, arguments: dict):
+        return self._each_sample(lambda x, kept, own: form.run(block, x, kept, own), x, kept, arguments)
+
+    @staticmethod
+    def _each_sample(run, tokens: Tensor, kept: Tensor, arguments: dict):
+        """``run(tokens, kept, arguments)`` for one sample after the other, with its rows of the positions."""
+        tables = arguments.get("image_rotary_emb")
+        arguments = {**arguments, "hidden_states": tokens}
+        if tables is None:
+            return run(tokens, kept, arguments)
         T, B = arguments["encoder_hidden_states"].shape[1], len(tokens)
         if B > 1 and (arguments.get("joint_attention_kwargs") or {}).get("ip_hidden_states") is not None:
             raise ValueError(
@@ -57,5 +69,6 @@ class FluxAdapter(ModelAdapter):
         for b in range(B):
             own = {name: arguments[name][b : b + 1] for name in ("hidden_states", "encoder_hidden_states", "temb")}
             rows = tuple(torch.cat([table[:T], image[b]]) for table, image in zip(tables, images, strict=True))
-            outputs.append(forward(**{**arguments, **own, "image_rotary_emb": rows}))
+            own = {**arguments, **own, "image_rotary_emb": rows}
+            outputs.append(run(own["hidden_states"], kept[b : b + 1], own))
         return outputs[0] if B == 1 else tuple(torch.cat(parts) for parts in zip(*outputs, strict=True))
