@@ -3,7 +3,9 @@
 Random weights, bfloat16: SD3.5-Medium (2.2 B parameters, 333 text tokens), PixArt-Sigma (0.6 B, 300 text tokens), or
 Flux.1's width (512 text tokens) with as many joint blocks as asked for and twice as many single ones, of which all 19
 and 38 would take 24 GB; at 1024 x 1024 pixels (4,096 image tokens) or another size. Prints and writes, per ratio:
-seconds, speed-up (median of the pairs), what the operations alone allow, and the share of the step spent in our ops.
+seconds, speed-up (median of the pairs), for the last ratio the same with every block wrapped, what the operations alone
+allow, and the share of the wrapped step spent in our ops (fused blocks do their norms and gates in them, which is the
+model's own work).
 
     python benchmarks/model_step.py [--model sd35] [--ratios .8 .6] [--repeats 5] [--layers 24] [--pixels 1024]
 """
@@ -102,34 +104,43 @@ def main() -> None:
     table = RatioTable.fixed(0.5, len(adapter.blocks(model)))
     artifact = shiva_ext.ShivaArtifact(type(model).__name__, router, table)
 
-    def step(ratio: float) -> float:
+    def step(ratio: float, fused: bool) -> float:
         if ratio < 1:
-            shiva_ext.enable(model, artifact, ratio=ratio)
+            shiva_ext.enable(model, artifact, ratio=ratio, fused=fused)
         started = time.perf_counter()
         model(**inputs)
         seconds = time.perf_counter() - started
         shiva_ext.disable(model)
         return seconds
 
-    times: dict[float, list[float]] = {ratio: [] for ratio in (1.0, *args.ratios)}
+    variants = [(1.0, True), *((ratio, True) for ratio in args.ratios), (args.ratios[-1], False)]
+    times: dict[tuple[float, bool], list[float]] = {variant: [] for variant in variants}
     for repeat in tqdm(range(args.repeats + 1), desc="steps, interleaved"):
-        for ratio in times:
-            seconds = step(ratio)
+        for variant, measured in times.items():
+            seconds = step(*variant)
             if repeat:  # the first round warms up
-                times[ratio].append(seconds)
+                measured.append(seconds)
+    dense = times[1.0, True]
+
+    def speed_up(ratio: float, fused: bool) -> float | None:
+        if (ratio, fused) not in times:
+            return None
+        return statistics.median(d / s for d, s in zip(dense, times[ratio, fused], strict=True))
+
     text_tokens = TEXT_TOKENS[args.model]
     dense_flops = adapter.forward_flops(model, text_tokens, N)
     rows = []
     for ratio in args.ratios:
-        with shiva_ext.enable(model, artifact, ratio=ratio):
+        with shiva_ext.enable(model, artifact, ratio=ratio, fused=False):
             flops = shiva_ext.summary(model, N, steps=[0.5], text_tokens=text_tokens).flops[0]
             shares = share_of_ops(lambda: model(**inputs))
         rows.append(
             {
                 "ratio": ratio,
-                "dense_seconds": statistics.median(times[1.0]),
-                "seconds": statistics.median(times[ratio]),
-                "speed_up": statistics.median(d / s for d, s in zip(times[1.0], times[ratio], strict=True)),
+                "dense_seconds": statistics.median(dense),
+                "seconds": statistics.median(times[ratio, True]),
+                "speed_up": speed_up(ratio, True),
+                "speed_up_wrapped": speed_up(ratio, False),
                 "speed_up_by_flops": dense_flops / flops,
                 "tflops": flops / 1e12,
                 "share_of_ops": sum(shares.values()),
@@ -137,9 +148,11 @@ def main() -> None:
             }
         )
         row = rows[-1]
+        wrapped = f"wrapped {row['speed_up_wrapped']:.3f}x, " if row["speed_up_wrapped"] else ""
         print(
             f"ratio {ratio}: dense {row['dense_seconds']:.2f} s, pruned {row['seconds']:.2f} s, {row['speed_up']:.3f}x "
-            f"(operations allow {row['speed_up_by_flops']:.3f}x), our ops {row['share_of_ops']:.2%} of the step: "
+            f"({wrapped}operations allow {row['speed_up_by_flops']:.3f}x), our ops "
+            f"{row['share_of_ops']:.2%} of the wrapped step: "
             + ", ".join(f"{name} {share:.2%}" for name, share in shares.items())
         )
     content = {

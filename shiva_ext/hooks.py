@@ -296,6 +296,8 @@ def attach(transformer: nn.Module, state: SelectionState) -> int:
     for layer, block in enumerate(blocks):
         if layer >= first_layer:
             _install(block, BlockHook(state, layer, block))
+            for module, hook in state.adapter.inner_hooks(block):
+                _install(module, hook)
     _install(transformer, TransformerHook(state))
     return len(blocks) - first_layer
 

@@ -2,6 +2,7 @@
 
 import copy
 import functools
+import warnings
 
 from torch import Tensor
 
@@ -45,6 +46,14 @@ class SchedulerWatch:
 
     def __init__(self, pipeline, state: SelectionState, batched_guidance: bool | None = None):
         self.pipeline, self.state, self.batched_guidance = pipeline, state, batched_guidance
+        untold = batched_guidance is None and not hasattr(type(pipeline), "do_classifier_free_guidance")
+        if untold and state.adapter.guides_in_batch and state.adapter.batched_guidance({}, True):
+            warnings.warn(
+                f"shiva_ext: {type(pipeline).__name__} does not tell whether it guides, so the two halves of a guided "
+                "batch keep different tokens; pass enable(..., batched_guidance=True) where guidance_scale is above 1, "
+                "False to silence this",
+                stacklevel=3,
+            )
         self._attach()
 
     def _attach(self) -> None:
@@ -97,7 +106,8 @@ class SchedulerWatch:
     def _read_guidance(self) -> None:
         if self.batched_guidance is None:
             running = self.state.sigma is not None
-            self.state.batched_guidance = running and bool(getattr(self.pipeline, "do_classifier_free_guidance", False))
+            guides = running and self.state.adapter.guides_in_batch
+            self.state.batched_guidance = guides and bool(getattr(self.pipeline, "do_classifier_free_guidance", False))
 
     def remove(self) -> None:
         """Give the scheduler its methods back, also from under those of a later watch."""

@@ -12,8 +12,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 import shiva_ext
 
-from . import test_flux as flux
-from . import test_pixart as pixart
+from .every_family import EVERY
 from .tiny import make_artifact, make_inputs, make_model, varying_table
 
 
@@ -112,6 +111,9 @@ def on_a_pretended_gpu(module: nn.Module, mode: FakeTensorMode) -> None:
             for name, b in part._buffers.items():
                 if b is not None:
                     part._buffers[name] = torch.empty(b.shape, dtype=b.dtype, device="cuda")
+            for name, value in list(vars(part).items()):
+                if isinstance(value, torch.Tensor):  # Qwen-Image keeps its positions so
+                    setattr(part, name, torch.empty(value.shape, dtype=value.dtype, device="cuda"))
 
 
 class WithoutGuard(TorchFunctionMode):
@@ -122,6 +124,8 @@ class WithoutGuard(TorchFunctionMode):
             return args[0] if args[0].is_contiguous() else args[0].clone(memory_format=torch.contiguous_format)
         if func is torch.Tensor.__getitem__:
             return self.index(*args)
+        if getattr(func, "__name__", "") == "__setitem__":
+            return torch.ops.aten.copy_.default(self.index(*args[:2]), args[2])
         return func(*args, **(kwargs or {}))
 
     @staticmethod
@@ -153,21 +157,6 @@ class NoTransfers(TorchDispatchMode):
         return result
 
 
-FAMILIES = {
-    "sd3": (make_model, lambda model: make_artifact(varying_table()), lambda model, **o: make_inputs(**o)),
-    "flux": (
-        lambda: flux.make_model(guidance_embeds=True),
-        lambda m: flux.make_artifact(m, flux.table()),
-        flux.make_inputs,
-    ),
-    "pixart": (
-        pixart.make_model,
-        lambda model: pixart.make_artifact(model, pixart.table()),
-        lambda model, **o: pixart.make_inputs(**o),
-    ),
-}
-
-
 def on_the_pretended_gpu(inputs: dict, dtype: torch.dtype) -> dict:
     def move(value):
         if not torch.is_tensor(value):
@@ -180,9 +169,9 @@ def on_the_pretended_gpu(inputs: dict, dtype: torch.dtype) -> dict:
 @pytest.mark.parametrize("fused", [True, False], ids=["fused", "wrapped"])
 @pytest.mark.parametrize("options", [{}, {"share_selection": True}, {"ratio": 0.6, "tile": 4}], ids=str)
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
-@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("family", EVERY)
 def test_a_pruned_step_on_a_gpu_depends_on_no_data_and_waits_for_nothing(family, options, dtype, fused):
-    build, artifact, arguments = FAMILIES[family]
+    build, arguments, artifact = EVERY[family]
     model = build().to(dtype)
     source, wanted = artifact(model), arguments(model)
     mode = FakeTensorMode(allow_non_fake_inputs=False, static_shapes=True)

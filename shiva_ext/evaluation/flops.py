@@ -1,8 +1,17 @@
 """Floating-point operations of a transformer's forward pass, counted from its settings."""
 
+import math
 from collections.abc import Collection, Mapping
 
-from diffusers import FluxTransformer2DModel, PixArtTransformer2DModel, SD3Transformer2DModel
+from diffusers import (
+    DiTTransformer2DModel,
+    FluxTransformer2DModel,
+    PixArtTransformer2DModel,
+    QwenImageTransformer2DModel,
+    SanaTransformer2DModel,
+    SD3Transformer2DModel,
+    WanTransformer3DModel,
+)
 
 
 def attention_flops(dim: int, image_tokens: int, text_tokens: int = 0, text_output: bool = True) -> int:
@@ -21,6 +30,12 @@ def attention_flops(dim: int, image_tokens: int, text_tokens: int = 0, text_outp
 def router_flops(dim: int, width: int, tokens: int) -> int:
     """Operations of scoring ``tokens`` tokens of ``dim`` channels once: Shiva-DiT (arXiv 2602.05605), eq. 9."""
     return 2 * width * tokens * (dim + 1)
+
+
+def cross_attention_flops(dim: int, inner: int, context: int, image_tokens: int, text_tokens: int) -> int:
+    """Projections and scores of image tokens [.., dim] that attend to text [.., context] in ``inner`` channels."""
+    projections = 2 * image_tokens * dim * inner + 2 * text_tokens * context * inner
+    return 2 * projections + 4 * image_tokens * text_tokens * inner
 
 
 def _checked(name: str, kept: Mapping[int, int] | None, layers: int, N: int) -> dict[int, int]:
@@ -102,7 +117,7 @@ def pixart_forward_flops(
     for layer in range(layers):
         k = kept.get(layer, N)
         total += attention_flops(D, k)
-        total += 4 * k * D * D + 4 * text_tokens * context * D + 4 * k * text_tokens * D  # cross-attention
+        total += cross_attention_flops(D, D, context, k, text_tokens)
         total += 16 * D * D * k
     out_channels = config.in_channels if config.out_channels is None else config.out_channels
     total += len(kept if scored is None else scored) * router_flops(D, router_width, N)
@@ -138,3 +153,105 @@ def flux_forward_flops(
     out_channels = config.in_channels if config.out_channels is None else config.out_channels
     total += len(kept if scored is None else scored) * router_flops(D, router_width, N)
     return total + 2 * D * 2 * D + 2 * N * D * config.patch_size**2 * out_channels
+
+
+def dit_forward_flops(
+    transformer: DiTTransformer2DModel,
+    text_tokens: int = 0,
+    image_tokens: int | None = None,
+    kept: Mapping[int, int] | None = None,
+    router_width: int = 0,
+    scored: Collection[int] | None = None,
+) -> int:
+    """The same as :func:`sd3_forward_flops` for DiT, which has no text; each block embeds the timestep anew."""
+    config = transformer.config
+    D, layers = config.num_attention_heads * config.attention_head_dim, config.num_layers
+    N = (config.sample_size // config.patch_size) ** 2 if image_tokens is None else image_tokens
+    kept = _checked("dit_forward_flops", kept, layers, N)
+    patch = config.patch_size**2
+    embedding = 2 * D * (256 + D)
+    total = 2 * N * patch * config.in_channels * D + embedding
+    for layer in range(layers):
+        k = kept.get(layer, N)
+        total += embedding + 2 * D * 6 * D + attention_flops(D, k) + 16 * D * D * k
+    out_channels = config.in_channels if config.out_channels is None else config.out_channels
+    total += len(kept if scored is None else scored) * router_flops(D, router_width, N)
+    return total + 2 * D * 2 * D + 2 * N * D * patch * out_channels
+
+
+def sana_forward_flops(
+    transformer: SanaTransformer2DModel,
+    text_tokens: int,
+    image_tokens: int | None = None,
+    kept: Mapping[int, int] | None = None,
+    router_width: int = 0,
+    scored: Collection[int] | None = None,
+) -> int:
+    """The same as :func:`sd3_forward_flops` for Sana: linear attention, and a convolution over the whole image."""
+    config = transformer.config
+    heads, d = config.num_attention_heads, config.attention_head_dim
+    D, layers, T = heads * d, config.num_layers, text_tokens
+    N = (config.sample_size // config.patch_size) ** 2 if image_tokens is None else image_tokens
+    kept = _checked("sana_forward_flops", kept, layers, N)
+    patch, inside = config.patch_size**2, int(config.mlp_ratio * D)
+    cross = config.num_cross_attention_heads * config.cross_attention_head_dim
+    embeddings = 2 if config.guidance_embeds else 1
+    total = 2 * N * patch * config.in_channels * D
+    total += embeddings * 2 * D * (256 + D) + 2 * D * 6 * D + 2 * T * D * (config.caption_channels + D)
+    for layer in range(layers):
+        k = kept.get(layer, N)
+        total += 8 * k * D * D + 2 * 2 * k * heads * (d + 1) * d
+        total += cross_attention_flops(D, cross, config.cross_attention_dim, k, T)
+        total += 2 * k * D * 3 * inside + 2 * 9 * N * 2 * inside  # pointwise, depthwise
+    out_channels = config.in_channels if config.out_channels is None else config.out_channels
+    total += len(kept if scored is None else scored) * router_flops(D, router_width, N)
+    return total + 2 * N * D * patch * out_channels
+
+
+def qwenimage_forward_flops(
+    transformer: QwenImageTransformer2DModel,
+    text_tokens: int,
+    image_tokens: int | None = None,
+    kept: Mapping[int, int] | None = None,
+    router_width: int = 0,
+    scored: Collection[int] | None = None,
+) -> int:
+    """The same as :func:`sd3_forward_flops` for Qwen-Image; ``image_tokens`` are 4,096 unless given."""
+    config = transformer.config
+    D, layers, T = config.num_attention_heads * config.attention_head_dim, config.num_layers, text_tokens
+    N = 64 * 64 if image_tokens is None else image_tokens
+    kept = _checked("qwenimage_forward_flops", kept, layers, N)
+    steps = 2 if config.zero_cond_t else 1  # timesteps of a sample
+    total = 2 * N * config.in_channels * D + 2 * T * config.joint_attention_dim * D + steps * 2 * D * (256 + D)
+    for layer in range(layers):
+        k = kept.get(layer, N)
+        total += 2 * D * 6 * D * (steps + 1) + attention_flops(D, k, T) + 16 * D * D * (k + T)
+    out_channels = config.in_channels if config.out_channels is None else config.out_channels
+    total += len(kept if scored is None else scored) * router_flops(D, router_width, N)
+    return total + 2 * D * 2 * D + 2 * N * D * config.patch_size**2 * out_channels
+
+
+def wan_forward_flops(
+    transformer: WanTransformer3DModel,
+    text_tokens: int,
+    image_tokens: int | None = None,
+    kept: Mapping[int, int] | None = None,
+    router_width: int = 0,
+    scored: Collection[int] | None = None,
+) -> int:
+    """The same as :func:`sd3_forward_flops` for Wan from text, one timestep a sample.
+
+    ``image_tokens`` are 32,760 unless given: 81 frames of 832 x 480 pixels.
+    """
+    config = transformer.config
+    D, layers, T = config.num_attention_heads * config.attention_head_dim, config.num_layers, text_tokens
+    N = 21 * 30 * 52 if image_tokens is None else image_tokens
+    kept = _checked("wan_forward_flops", kept, layers, N)
+    patch = math.prod(config.patch_size)
+    total = 2 * N * patch * config.in_channels * D
+    total += 2 * D * (config.freq_dim + D + 6 * D) + 2 * T * D * (config.text_dim + D)
+    for layer in range(layers):
+        k = kept.get(layer, N)
+        total += attention_flops(D, k) + cross_attention_flops(D, D, D, k, T) + 4 * k * D * config.ffn_dim
+    total += len(kept if scored is None else scored) * router_flops(D, router_width, N)
+    return total + 2 * N * D * patch * (config.out_channels or config.in_channels)

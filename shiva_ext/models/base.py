@@ -5,6 +5,7 @@ from abc import ABC, abstractmethod
 from collections.abc import Collection, Mapping
 from typing import NamedTuple
 
+from diffusers.hooks import ModelHook
 from torch import Tensor, nn
 
 from .fused import FusedForm
@@ -25,11 +26,13 @@ class ModelAdapter(ABC):
         model_class: name of the transformer's class.
         image_argument: name of the block argument that holds the image tokens [B,N,D].
         image_output: their position in the block's output tuple; None if the block returns them alone.
+        guides_in_batch: whether the family's pipelines guide with one call for both prompts; others make two calls.
     """
 
     model_class: str
     image_argument: str = "hidden_states"
     image_output: int | None = None
+    guides_in_batch: bool = True
 
     @abstractmethod
     def blocks(self, transformer: nn.Module) -> list[nn.Module]:
@@ -42,6 +45,10 @@ class ModelAdapter(ABC):
     @abstractmethod
     def num_tokens(self, transformer: nn.Module) -> int:
         """Image tokens N at the size that the model's configuration names."""
+
+    def inner_hooks(self, block: nn.Module) -> list[tuple[nn.Module, ModelHook]]:
+        """Modules inside a prunable block that must know of the selection, each with a hook of its own."""
+        return []
 
     def token_costs(self, transformer: nn.Module) -> list[int]:
         """Relative cost of an image token in each block, as small positive integers; all alike unless overridden."""

@@ -7,6 +7,7 @@ from .. import ops
 from ..evaluation.flops import flux_forward_flops
 from .base import Conditioning, ModelAdapter, register
 from .fused import FusedForm
+from .per_sample import each_sample
 
 
 @register
@@ -47,28 +48,28 @@ class FluxAdapter(ModelAdapter):
         arguments = {**self.bind(forward, args, kwargs), self.image_argument: tokens}
         if kept is None:
             return forward(**arguments)
-        return self._each_sample(lambda tokens, kept, own: forward(**own), tokens, kept, arguments)
+        return self._each_sample(lambda own, _: forward(**own), arguments, kept)
 
     def call_fused(self, form: FusedForm, block: nn.Module, x: Tensor, kept: Tensor, arguments: dict):
-        return self._each_sample(lambda x, kept, own: form.run(block, x, kept, own), x, kept, arguments)
+        def run(own: dict, own_kept: Tensor):
+            return form.run(block, own[self.image_argument], own_kept, own)
 
-    @staticmethod
-    def _each_sample(run, tokens: Tensor, kept: Tensor, arguments: dict):
-        """``run(tokens, kept, arguments)`` for one sample after the other, with its rows of the positions."""
+        return self._each_sample(run, {**arguments, self.image_argument: x}, kept)
+
+    def _each_sample(self, run, arguments: dict, kept: Tensor):
         tables = arguments.get("image_rotary_emb")
-        arguments = {**arguments, "hidden_states": tokens}
         if tables is None:
-            return run(tokens, kept, arguments)
-        T, B = arguments["encoder_hidden_states"].shape[1], len(tokens)
-        if B > 1 and (arguments.get("joint_attention_kwargs") or {}).get("ip_hidden_states") is not None:
+            return run(arguments, kept)
+        T = arguments["encoder_hidden_states"].shape[1]
+        if len(kept) > 1 and (arguments.get("joint_attention_kwargs") or {}).get("ip_hidden_states") is not None:
             raise ValueError(
                 "shiva_ext: Flux with an IP-Adapter selects tokens for one image at a time; call it with batch size 1"
             )
         images = [ops.token_gather(table[T:].contiguous(), kept) for table in tables]  # [B,k,d]
-        outputs = []
-        for b in range(B):
-            own = {name: arguments[name][b : b + 1] for name in ("hidden_states", "encoder_hidden_states", "temb")}
-            rows = tuple(torch.cat([table[:T], image[b]]) for table, image in zip(tables, images, strict=True))
-            own = {**arguments, **own, "image_rotary_emb": rows}
-            outputs.append(run(own["hidden_states"], kept[b : b + 1], own))
-        return outputs[0] if B == 1 else tuple(torch.cat(parts) for parts in zip(*outputs, strict=True))
+
+        def positions(b: int) -> dict:
+            rows = (torch.cat([table[:T], image[b]]) for table, image in zip(tables, images, strict=True))
+            return {"image_rotary_emb": tuple(rows)}
+
+        split = (self.image_argument, "encoder_hidden_states", "temb")
+        return each_sample(run, arguments, kept, split, positions)

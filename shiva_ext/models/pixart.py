@@ -1,10 +1,10 @@
 """PixArt-α and PixArt-Σ (DiT with cross-attention)."""
 
-import torch
-from torch import Tensor, nn
+from torch import nn
 
 from ..evaluation.flops import pixart_forward_flops
 from .base import Conditioning, ModelAdapter, register
+from .prompt import mean_token
 
 
 @register
@@ -41,14 +41,6 @@ class PixArtAdapter(ModelAdapter):
         timestep = arguments["timestep"].expand(len(prompt))
         embed = transformer.adaln_single.emb
         sinusoid = embed.time_proj(timestep).to(prompt.dtype)
-        mean = self._mean(prompt, arguments.get("encoder_attention_mask"))
+        mean = mean_token(prompt, arguments.get("encoder_attention_mask"))
         pooled = mean if transformer.caption_projection is None else transformer.caption_projection(mean)
         return Conditioning(timestep, embed.timestep_embedder(sinusoid), pooled)
-
-    @staticmethod
-    def _mean(prompt: Tensor, mask: Tensor | None) -> Tensor:
-        """Mean over the tokens of prompt [B,T,J]; mask: [B,T], true where a token counts, or a bias [B,1,T]."""
-        if mask is None:
-            return prompt.mean(dim=1)
-        counts = (mask if mask.ndim == 2 else mask.squeeze(1) >= 0).to(prompt.dtype)
-        return torch.einsum("btj,bt->bj", prompt, counts) / counts.sum(dim=1, keepdim=True).clamp(min=1)

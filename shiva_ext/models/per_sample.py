@@ -1,0 +1,30 @@
+"""Blocks whose positions are one table for the whole batch run once for each sample, as each keeps other tokens."""
+
+from collections.abc import Callable, Sequence
+
+import torch
+from torch import Tensor
+
+
+def each_sample(
+    run: Callable[[dict, Tensor], tuple],
+    arguments: dict,
+    kept: Tensor,
+    split: Sequence[str],
+    own: Callable[[int], dict],
+) -> tuple:
+    """``run(arguments, kept)`` for one sample after the other; the parts of its outputs are put together again.
+
+    Args:
+        run: gets the arguments of one sample and its kept tokens [1,k].
+        arguments: of the block, by name.
+        kept: [B,k].
+        split: names of the arguments whose rows belong to samples; B rows, or a multiple of it in as many halves.
+        own: further arguments of sample b.
+    """
+    B = len(kept)
+    outputs = []
+    for b in range(B):
+        rows = {name: arguments[name][b::B] for name in split if arguments.get(name) is not None}
+        outputs.append(run({**arguments, **rows, **own(b)}, kept[b : b + 1]))
+    return outputs[0] if B == 1 else tuple(torch.cat(parts) for parts in zip(*outputs, strict=True))

@@ -1,0 +1,59 @@
+"""Qwen-Image (joint blocks with rotary positions)."""
+
+import torch
+from torch import Tensor, nn
+
+from .. import ops
+from ..evaluation.flops import qwenimage_forward_flops
+from .base import Conditioning, ModelAdapter, register
+from .per_sample import each_sample
+from .prompt import mean_token
+
+
+@register
+class QwenImageAdapter(ModelAdapter):
+    """``QwenImageTransformer2DModel``: joint blocks over image and text tokens, complex rotary positions.
+
+    Text tokens are never pruned. The positions are one table for the whole batch, so a pruned block runs once for each
+    sample, with the rows of its kept tokens. The pipeline guides in two calls, which select each for itself. There is
+    no pooled prompt: the router gets the projection of the prompt's mean token.
+    """
+
+    model_class = "QwenImageTransformer2DModel"
+    image_output = 1
+    guides_in_batch = False
+
+    def blocks(self, transformer: nn.Module) -> list[nn.Module]:
+        return list(transformer.transformer_blocks)
+
+    def dims(self, transformer: nn.Module) -> dict[str, int]:
+        D = transformer.inner_dim
+        return dict(dim=D, temb_dim=D, pooled_dim=D, num_layers=len(transformer.transformer_blocks))
+
+    def num_tokens(self, transformer: nn.Module) -> int:
+        return 64 * 64  # 1024 x 1024 pixels; the configuration names no size
+
+    def forward_flops(self, transformer: nn.Module, *args, **options) -> int:
+        return qwenimage_forward_flops(transformer, *args, **options)
+
+    def conditioning(self, transformer: nn.Module, arguments: dict) -> Conditioning:
+        prompt, x = arguments["encoder_hidden_states"], arguments["hidden_states"]
+        timestep = arguments["timestep"].to(x.dtype).expand(len(prompt))
+        time = transformer.time_text_embed(timestep, x, arguments.get("additional_t_cond"))
+        mean = mean_token(transformer.txt_norm(prompt), arguments.get("encoder_hidden_states_mask"))
+        return Conditioning(timestep * 1000, time, transformer.txt_in(mean))
+
+    def call(self, forward, tokens: Tensor, args: tuple, kwargs: dict, kept: Tensor | None = None):
+        arguments = {**self.bind(forward, args, kwargs), self.image_argument: tokens}
+        tables = arguments.get("image_rotary_emb")
+        if kept is None or tables is None:
+            return forward(**arguments)
+        table = torch.view_as_real(tables[0]).flatten(1).contiguous()  # [N,d]; the gather knows no complex numbers
+        rows = torch.view_as_complex(ops.token_gather(table, kept).unflatten(2, (-1, 2)))  # [B,k,d/2]
+        modulation = arguments.get("modulate_index")  # [B,N]: which of two timesteps a token has
+        if modulation is not None:
+            arguments["modulate_index"] = modulation.gather(1, kept)
+        split = (self.image_argument, "encoder_hidden_states", "encoder_hidden_states_mask", "temb", "modulate_index")
+        return each_sample(
+            lambda own, _: forward(**own), arguments, kept, split, lambda b: {"image_rotary_emb": (rows[b], tables[1])}
+        )
