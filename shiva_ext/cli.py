@@ -3,18 +3,63 @@
 import argparse
 import json
 import sys
-from dataclasses import MISSING, fields
+from dataclasses import MISSING, asdict, fields
 
 
 def _add_config(parser: argparse.ArgumentParser, config) -> None:
     """One option per field of a configuration, with its value as the default."""
     for field in fields(config):
         default = getattr(config, field.name, field.default if field.default is not MISSING else None)
-        parser.add_argument(f"--{field.name.replace('_', '-')}", type=type(default), default=default, help=str(default))
+        kind = _truth if isinstance(default, bool) else type(default)
+        parser.add_argument(f"--{field.name.replace('_', '-')}", type=kind, default=default, help=str(default))
 
 
 def _config(args: argparse.Namespace, cls):
     return cls(**{field.name: getattr(args, field.name) for field in fields(cls)})
+
+
+def _truth(text: str) -> bool:
+    """ "true" and "false", which bool() would both take for true."""
+    if text.lower() not in ("true", "false"):
+        raise argparse.ArgumentTypeError(f"{text!r}, wanted true or false")
+    return text.lower() == "true"
+
+
+def _train(args) -> None:
+    """On one's own model and images."""
+    from .training.config import TrainConfig, read_config
+
+    names = {field.name for field in fields(TrainConfig)}
+    config = read_config(args.config, **{name: value for name, value in vars(args).items() if name in names})
+    if args.print_config:
+        import yaml
+
+        print(yaml.safe_dump(asdict(config), sort_keys=False), end="")
+        return
+    missing = [f"--{name}" for name in ("model", "data", "out") if getattr(args, name) is None]
+    if missing:
+        raise ValueError(f"{', '.join(missing)} missing; wanted shiva train --model FOLDER --data FOLDER --out FOLDER")
+    from .training.fit import fit
+
+    out = fit(args.model, args.data, args.out, config, args.revision, args.resume)
+    print(f"done: shiva_ext.enable(pipe, {str(out)!r}); the training is shown in {out / 'report.html'}")
+
+
+def _add_train_options(parser: argparse.ArgumentParser) -> None:
+    from .training.config import TrainConfig
+
+    parser.add_argument("--model", help="folder of a diffusers pipeline, or a hub id with --revision")
+    parser.add_argument("--revision", help="commit of a hub id")
+    parser.add_argument("--data", help="folder of images with captions: a .txt beside each, or a metadata.jsonl")
+    parser.add_argument("--out", help="folder for the artefact, its encodings and checkpoints")
+    parser.add_argument("--config", help="YAML file of settings; options given here come before it")
+    parser.add_argument("--print-config", action="store_true", help="show all settings as YAML, and stop")
+    parser.add_argument("--resume", action="store_true", help="go on with the run in --out")
+    for field in fields(TrainConfig):
+        kind = _truth if isinstance(field.default, bool) else type(field.default)
+        option = f"--{field.name.replace('_', '-')}"
+        parser.add_argument(option, type=kind, default=argparse.SUPPRESS, help=f"default {field.default}")
+    parser.set_defaults(run=_train)
 
 
 def _train_dense(args) -> None:
@@ -33,7 +78,7 @@ def _train_testbed(args) -> None:
     from .testbed.train_shiva import train
     from .training.config import TrainConfig
 
-    train(_config(args, TrainConfig), args.out, args.dense_model, args.data_dir, args.control)
+    train(_config(args, TrainConfig), args.out, args.dense_model, args.data_dir, args.control, args.resume)
 
 
 def _bench_synthetic(args) -> None:
@@ -81,9 +126,9 @@ def parser() -> argparse.ArgumentParser:
     root = argparse.ArgumentParser(prog="shiva", description=__doc__)
     commands = root.add_subparsers(required=True, dest="command")
 
-    train = commands.add_parser("train", help="train the testbed's models").add_subparsers(
-        required=True, metavar="what"
-    )
+    train = commands.add_parser("train", help="train selection for your model on your images, or a testbed's models")
+    _add_train_options(train)
+    train = train.add_subparsers(metavar="what", title="the testbed's models")
     for name, run, config, text in (
         ("dense", _train_dense, DenseConfig(), "the dense diffusion model"),
         ("classifier", _train_classifier, ClassifierConfig(), "the classifier behind the metrics"),
@@ -95,6 +140,7 @@ def parser() -> argparse.ArgumentParser:
         _add_config(sub, config)
         if name == "testbed":
             sub.add_argument("--dense-model", help="dense model's folder; by default the one that ships")
+            sub.add_argument("--resume", action="store_true", help="go on from the last checkpoint in --out")
             sub.add_argument("--control", action="store_true", help="fine-tune densely instead, as the control")
         sub.set_defaults(run=run)
 
@@ -142,7 +188,7 @@ def main(argv: list[str] | None = None) -> int:
     args = parser().parse_args(argv)
     try:
         args.run(args)
-    except (FileNotFoundError, ValueError, FloatingPointError) as error:
+    except (OSError, TypeError, ValueError, FloatingPointError) as error:
         print(f"shiva: {error}", file=sys.stderr)
         return 1
     return 0

@@ -92,7 +92,8 @@ def test_a_pruned_sd3_transformer_compiles_into_one_graph(mode):
 def test_all_stages_train_on_the_gpu_and_their_artefact_can_be_enabled(tmp_path):
     def next_batch(count, generator):
         inputs = make_inputs(batch=count)
-        return Batch(inputs["hidden_states"], inputs["encoder_hidden_states"], inputs["pooled_projections"])
+        conditions = {name: inputs[name] for name in ("encoder_hidden_states", "pooled_projections")}
+        return Batch(inputs["hidden_states"], conditions)
 
     model = make_model().to(GPU)
     config = TrainConfig(batch_size=4, micro_batches=2, adapter_rank=4, output_weight=1.0)

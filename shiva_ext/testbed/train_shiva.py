@@ -6,7 +6,8 @@ from pathlib import Path
 import torch
 
 from shiva_ext.training.config import TrainConfig
-from shiva_ext.training.trainer import STAGES, Batch, ShivaTrainer
+from shiva_ext.training.display import make_display
+from shiva_ext.training.trainer import Batch, ShivaTrainer
 
 from .data import Batches, load_split
 from .model import NULL_PROMPT, load_model
@@ -40,7 +41,7 @@ def batch_source(prompts, prompt_dropout: float, data_dir: str | None = None):
         classes = classes.clone()
         classes[torch.rand(count, generator=generator) < prompt_dropout] = NULL_PROMPT
         tokens, pooled = prompts(classes)
-        return Batch(pixels, tokens, pooled)
+        return Batch(pixels, dict(encoder_hidden_states=tokens, pooled_projections=pooled))
 
     return next_batch
 
@@ -51,14 +52,13 @@ def train(
     dense_model: str | os.PathLike | None = None,
     data_dir: str | None = None,
     control: bool = False,
+    resume: bool = False,
 ) -> Path:
     """Train one artefact (or, with ``control``, the dense fine-tune of as many joint steps) and write it to ``out``."""
     transformer, prompts = load_model(dense_model)
-    trainer = ShivaTrainer(transformer, config, batch_source(prompts, config.prompt_dropout, data_dir), dense=control)
-    for stage in STAGES:
-        steps = getattr(config, f"{stage}_steps")
-        if not control or stage == "joint":
-            trainer.run_stage(stage, steps)
+    source, display = batch_source(prompts, config.prompt_dropout, data_dir), make_display(True)
+    trainer = ShivaTrainer(transformer, config, source, dense=control, display=display)
+    trainer.run(Path(out) / "checkpoints", resume)
     trainer.export(out)
     trainer.close()
     return Path(out)

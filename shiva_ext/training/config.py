@@ -1,9 +1,16 @@
 """Every number of a training run, in one place."""
 
-from dataclasses import dataclass
+import os
+from dataclasses import dataclass, fields
+from pathlib import Path
 
-# All attention and MLP linears of a joint block, of both streams.
-ADAPTER_TARGETS = r".*\.(to_q|to_k|to_v|to_out\.0|add_q_proj|add_k_proj|add_v_proj|to_add_out|net\.0\.proj|net\.2)"
+import yaml
+
+# All attention and MLP linears of the blocks, of both streams.
+ADAPTER_TARGETS = (
+    r"(.*\.)?\w*blocks\.\d+\.(.*\.)?"
+    r"(to_q|to_k|to_v|to_out\.0|add_q_proj|add_k_proj|add_v_proj|to_add_out|net\.0\.proj|net\.2|proj_mlp|proj_out)"
+)
 
 
 @dataclass
@@ -31,6 +38,14 @@ class TrainConfig:
         share_selection: whether the layers of a router also share what it selects, see
             :class:`shiva_ext.artifact.ShivaArtifact`.
         table_levels: noise levels of the exported look-up table, evenly spread over (0, 1].
+        precision: "bf16" runs the model in bfloat16 where that is safe (autocast), "fp32" all of it in float32.
+        gradient_checkpointing: compute blocks again in the backward pass instead of keeping what they need.
+        sharding: "ddp" keeps the model whole in every process, "fsdp" shares its frozen weights out (FSDP2).
+        resolution: side of the square that images are cut to, in pixels.
+        log_every: steps between two entries of the history.
+        checkpoint_every: steps between two checkpoints; each stage's end makes one, too. 0 for the ends alone.
+        keep_checkpoints: how many are kept.
+        max_bad_steps: steps without a finite gradient that are skipped, one after the other, before the run stops.
         seed: of everything random.
     """
 
@@ -61,13 +76,60 @@ class TrainConfig:
     hidden: int = 64
     share_selection: bool = False
     table_levels: int = 20
+    precision: str = "bf16"
+    gradient_checkpointing: bool = False
+    sharding: str = "ddp"
+    resolution: int = 1024
+    log_every: int = 25
+    checkpoint_every: int = 250
+    keep_checkpoints: int = 2
+    max_bad_steps: int = 10
     seed: int = 0
 
     def __post_init__(self):
         if not 0 < self.budget <= 1:
             raise ValueError(f"TrainConfig: budget is {self.budget}, wanted a share above 0 and at most 1")
+        for name, choices in (("precision", ("bf16", "fp32")), ("sharding", ("ddp", "fsdp"))):
+            if getattr(self, name) not in choices:
+                raise ValueError(
+                    f"TrainConfig: {name} is {getattr(self, name)!r}, wanted one of {', '.join(map(repr, choices))}"
+                )
+        if self.keep_checkpoints < 1 or self.log_every < 1:
+            raise ValueError("TrainConfig: keep_checkpoints and log_every must be at least 1")
         if self.batch_size % self.micro_batches:
             raise ValueError(
                 f"TrainConfig: batch_size is {self.batch_size}, wanted a multiple of micro_batches "
                 f"({self.micro_batches})"
             )
+
+
+def read_config(path: str | os.PathLike | None = None, **overrides) -> TrainConfig:
+    """Settings from a YAML file (``budget: 0.5`` and so on) and, before those, from arguments.
+
+    Raises:
+        FileNotFoundError: there is no such file.
+        ValueError: it is no mapping, or a setting is unknown, of the wrong type or out of range.
+    """
+    values = {}
+    if path is not None:
+        if not Path(path).is_file():
+            raise FileNotFoundError(f"shiva_ext: there is no settings file {path}")
+        try:
+            values = yaml.safe_load(Path(path).read_text()) or {}
+        except yaml.YAMLError as error:
+            raise ValueError(f"shiva_ext: {path} is not YAML ({error})") from error
+        if not isinstance(values, dict):
+            raise ValueError(f"shiva_ext: {path} holds a {type(values).__name__}, wanted lines such as 'budget: 0.6'")
+    values |= overrides
+    known = {field.name: type(field.default) for field in fields(TrainConfig)}
+    for name, value in values.items():
+        if name not in known:
+            raise ValueError(f"shiva_ext: unknown setting {name!r}; wanted some of {', '.join(known)}")
+        wanted = known[name]
+        if wanted is float and type(value) is int:
+            values[name] = float(value)
+        elif type(value) is not wanted:
+            raise ValueError(
+                f"shiva_ext: the setting {name} is {value!r} ({type(value).__name__}), wanted a {wanted.__name__}"
+            )
+    return TrainConfig(**values)

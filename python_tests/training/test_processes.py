@@ -1,0 +1,66 @@
+"""Two processes do what one does with the same global batch."""
+
+import os
+import socket
+
+import pytest
+import torch
+import torch.distributed as dist
+import torch.multiprocessing as mp
+
+from .runs import everything, losses, make_trainer
+
+
+def free_port() -> int:
+    with socket.socket() as s:
+        s.bind(("127.0.0.1", 0))
+        return s.getsockname()[1]
+
+
+def worker(rank: int, world: int, port: int, folder: str, changes: dict) -> None:
+    os.environ |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port), "GLOO_SOCKET_IFNAME": "lo"}
+    torch.set_num_threads(1)
+    dist.init_process_group("gloo", rank=rank, world_size=world)
+    trainer = make_trainer(**changes)
+    trainer.run(os.path.join(folder, "checkpoints"))
+    torch.save({"learned": everything(trainer), "history": losses(trainer)}, os.path.join(folder, f"{rank}.pt"))
+    dist.destroy_process_group()
+
+
+def run_two(folder, **changes) -> list[dict]:
+    mp.start_processes(worker, (2, free_port(), str(folder), changes), nprocs=2, start_method="spawn")
+    return [torch.load(folder / f"{rank}.pt", weights_only=True) for rank in range(2)]
+
+
+@pytest.mark.parametrize("sharding", ["ddp", "fsdp"])
+def test_two_processes_give_the_losses_and_the_budget_of_one(tmp_path, sharding):
+    trainer = make_trainer(sharding="ddp")
+    trainer.run()
+    wanted, history = everything(trainer), losses(trainer)
+    results = run_two(tmp_path, sharding=sharding)
+    for result in results:
+        assert [{k: e[k] for k in ("stage", "step")} for e in result["history"]] == [
+            {k: e[k] for k in ("stage", "step")} for e in history
+        ]
+        for got, entry in zip(result["history"], history, strict=True):
+            assert all(abs(got[name] - entry[name]) <= 2e-5 for name in entry if name != "stage"), (got, entry)
+        torch.testing.assert_close(result["learned"]["mu"], wanted["mu"], rtol=0, atol=1e-5)
+        assert result["learned"].keys() == wanted.keys()
+        if sharding == "ddp":  # sharded weights lie elsewhere and round otherwise, and Adam divides by small gradients
+            for name, value in wanted.items():
+                torch.testing.assert_close(result["learned"][name], value, rtol=1e-3, atol=1e-3, msg=name)
+    for name, value in results[0]["learned"].items():  # and both processes hold the same, bit for bit
+        assert torch.equal(value, results[1]["learned"][name]), name
+
+
+def test_micro_batches_must_be_shared_out_evenly(monkeypatch):
+    from shiva_ext.training import trainer
+
+    monkeypatch.setattr(trainer, "world", lambda: 3)
+    with pytest.raises(ValueError, match="micro_batches is 4, wanted a multiple of the 3 processes"):
+        make_trainer()
+
+
+def test_sharding_wants_processes():
+    with pytest.raises(ValueError, match="sharding='fsdp' wants several processes"):
+        make_trainer(sharding="fsdp")

@@ -1,0 +1,221 @@
+"""A run that is stopped at any moment and started again ends bit for bit as one that was not."""
+
+import os
+import random
+import signal
+import time
+import traceback
+import warnings
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+
+from shiva_ext.training import checkpoint
+
+from .runs import everything, finish, losses, make_trainer, next_batch
+
+
+@pytest.fixture(scope="module", autouse=True)
+def one_thread():
+    """A fork has no other threads, and the last bits of a sum depend on their number."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(before)
+
+
+@pytest.fixture(scope="module")
+def uninterrupted(one_thread, tmp_path_factory):
+    trainer = finish(tmp_path_factory.mktemp("whole"))
+    return everything(trainer), losses(trainer)
+
+
+class Stop(BaseException):
+    pass
+
+
+@pytest.mark.parametrize("after", range(1, 12))
+def test_a_run_stopped_after_any_step_goes_on_as_if_nothing_had_happened(after, uninterrupted, tmp_path):
+    calls = 0
+
+    def stopping(count, generator):
+        nonlocal calls
+        calls += 1
+        if calls > 4 * after:  # four micro-batches a step
+            raise Stop
+        return next_batch(count, generator)
+
+    with pytest.raises(Stop):
+        make_trainer(stopping).run(tmp_path)
+    torch.manual_seed(99)  # what a new process has there
+    trainer = finish(tmp_path)
+    wanted, history = uninterrupted
+    got = everything(trainer)
+    assert got.keys() == wanted.keys()
+    assert [name for name in wanted if not torch.equal(got[name], wanted[name])] == []
+    assert losses(trainer) == history
+
+
+def test_a_run_that_is_done_stays_as_it_is(uninterrupted, tmp_path):
+    finish(tmp_path)
+    trainer = finish(tmp_path, source=lambda *args: pytest.fail("trained again"))
+    assert all(torch.equal(value, uninterrupted[0][name]) for name, value in everything(trainer).items())
+
+
+def test_checkpoints_come_when_they_are_due(tmp_path):
+    finish(tmp_path, keep_checkpoints=10)
+    steps = [int(path.name.removeprefix("step-")) for path in checkpoint.steps(tmp_path)]
+    assert steps == [3, 4, 7, 8, 11, 12]  # every third of a stage, and its end
+
+
+def test_other_settings_are_refused(tmp_path):
+    finish(tmp_path)
+    with pytest.raises(ValueError, match=r"started with other settings: budget 0.6 \(now 0.5\)"):
+        make_trainer(budget=0.5).run(tmp_path, resume=True)
+
+
+def in_a_fork(work) -> int:
+    """Run ``work()`` in a copy of this process; returns its number."""
+    child = os.fork()
+    if child == 0:
+        try:
+            work()
+            os._exit(0)
+        except BaseException:
+            traceback.print_exc()
+            os._exit(1)
+    return child
+
+
+def save_result(folder: Path) -> None:
+    trainer = finish(folder / "checkpoints")
+    save_file(everything(trainer), folder / "result.safetensors")
+
+
+@pytest.mark.skipif(not hasattr(os, "fork"), reason="needs fork")
+@pytest.mark.filterwarnings("ignore:This process .* is multi-threaded:DeprecationWarning")
+def test_kill_9_at_twenty_random_moments(uninterrupted, tmp_path, monkeypatch):
+    write, stage = checkpoint.save_file, tmp_path / "inside"
+
+    def slow(tensors, path):  # so that some are killed inside a save
+        stage.touch()
+        write(tensors, path)
+        time.sleep(0.02)
+        path.write_bytes(path.read_bytes()[:-1])  # not yet whole
+        time.sleep(0.02)
+        write(tensors, path)
+        stage.unlink()
+
+    monkeypatch.setattr(checkpoint, "save_file", slow)
+    begun = time.monotonic()
+    os.waitpid(in_a_fork(lambda: save_result(tmp_path / "timed")), 0)
+    whole = time.monotonic() - begun
+    generator, inside, killed = random.Random(0), 0, 0
+    folder = tmp_path / "run"
+    folder.mkdir()
+    while killed < 20:
+        stage.unlink(missing_ok=True)
+        child = in_a_fork(lambda place=folder: save_result(place))
+        if killed % 4 == 3:  # wait for a save, then somewhere in it
+            while not stage.exists() and os.waitpid(child, os.WNOHANG) == (0, 0):
+                time.sleep(0.001)
+            time.sleep(generator.uniform(0, 0.04))
+        else:
+            time.sleep(generator.uniform(0.05, 1.0) * whole)
+        inside += stage.exists()
+        try:
+            os.kill(child, signal.SIGKILL)
+            os.waitpid(child, 0)
+        except (ProcessLookupError, ChildProcessError):
+            pass
+        killed += 1
+        if (folder / "result.safetensors").exists() and killed < 20:  # it came to its end: once more from the start
+            check(folder, uninterrupted[0])
+            folder = tmp_path / f"run{killed}"
+            folder.mkdir()
+    _, status = os.waitpid(in_a_fork(lambda: save_result(folder)), 0)
+    assert status == 0
+    check(folder, uninterrupted[0])
+    assert inside >= 3
+
+
+def check(folder: Path, wanted: dict[str, torch.Tensor]) -> None:
+    got = load_file(folder / "result.safetensors")
+    assert got.keys() == wanted.keys()
+    assert [name for name in wanted if not torch.equal(got[name], wanted[name])] == []
+
+
+def test_a_full_disk_stops_the_run_and_a_resume_goes_on(uninterrupted, tmp_path, monkeypatch):
+    write = checkpoint.save_file
+
+    def full(tensors, path):
+        if any((path.parent.parent / f"step-{n:08d}").exists() for n in (4,)):
+            raise OSError(28, "No space left on device")
+        write(tensors, path)
+
+    monkeypatch.setattr(checkpoint, "save_file", full)
+    with pytest.raises(OSError, match="step 7 could not be written"):
+        finish(tmp_path)
+    monkeypatch.undo()
+    assert checkpoint.latest(tmp_path)[1]["step"] == 4
+    got = everything(finish(tmp_path))
+    assert all(torch.equal(got[name], value) for name, value in uninterrupted[0].items())
+
+
+def test_a_damaged_newest_checkpoint_costs_some_steps_and_nothing_else(uninterrupted, tmp_path):
+    finish(tmp_path)
+    path = checkpoint.steps(tmp_path)[-1] / "state.safetensors"
+    path.write_bytes(path.read_bytes()[:-10])
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        trainer = finish(tmp_path)
+    assert any("cannot be read" in str(w.message) for w in caught)
+    assert all(torch.equal(value, uninterrupted[0][name]) for name, value in everything(trainer).items())
+
+
+def nan_at(steps):
+    """A source whose samples of these steps are not finite."""
+    calls = 0
+
+    def source(count, generator):
+        nonlocal calls
+        batch, step = next_batch(count, generator), calls // 4
+        calls += 1
+        return batch._replace(latents=batch.latents * float("nan")) if step in steps else batch
+
+    return source
+
+
+def test_a_step_without_a_finite_loss_is_skipped_and_told(capsys):
+    trainer = make_trainer(nan_at({1, 6, 9}))
+    trainer.run()
+    assert all(value.isfinite().all() for value in everything(trainer).values())
+    text = capsys.readouterr().err
+    assert "step 2 of the router stage has no finite gradient: skipped (1 in a row" in text
+    assert text.count("skipped") == 3 and trainer.bad_steps == 0
+    assert all(value == value for entry in trainer.history for value in entry.values())
+
+
+def test_a_skipped_step_changes_nothing():
+    trainer = make_trainer(nan_at({2}), router_steps=3, policy_steps=0, joint_steps=0)
+    other = make_trainer(router_steps=3, policy_steps=0, joint_steps=0)
+    seen = {}
+    skip = trainer._skip
+    trainer._skip = lambda *args: (seen.update(everything(trainer)), skip(*args))
+    trainer.run()
+    assert seen and all(torch.equal(value, seen[name]) for name, value in everything(trainer).items())
+    other.run()
+    assert not torch.equal(everything(other)["router.w_out"], seen["router.w_out"]) if "router.w_out" in seen else True
+
+
+def test_too_many_in_a_row_stop_the_run_and_keep_the_last_checkpoint(tmp_path):
+    trainer = make_trainer(nan_at(range(5, 100)), max_bad_steps=2)
+    with pytest.raises(
+        FloatingPointError, match="step 4 of the policy stage has no finite gradient, nor had the 2 before"
+    ):
+        trainer.run(tmp_path)
+    assert checkpoint.latest(tmp_path)[1]["step"] in (4, 7)
+    got = checkpoint.latest(tmp_path)[0]
+    assert all(value.isfinite().all() for value in got.values())

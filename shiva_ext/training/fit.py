@@ -1,0 +1,146 @@
+"""``shiva train``: from a model and a folder of captioned images to an artefact."""
+
+import json
+import os
+from collections.abc import Callable
+from dataclasses import asdict
+from pathlib import Path
+
+import torch
+from accelerate import PartialState
+
+from .. import __version__
+from .config import TrainConfig
+from .data import find_samples
+from .display import make_display
+from .encodings import CachedSource, Encoder, EncodingCache
+from .objectives import objective_for
+from .recipes import recipe_for
+from .report import write_report
+from .trainer import ShivaTrainer
+
+RUN = "run.json"
+
+
+def load_pipeline(model: str, revision: str | None, dtype: torch.dtype):
+    """A pipeline from a folder, or from the hub at a revision.
+
+    Raises:
+        ValueError: a hub id without a revision: what is trained could not be told later.
+        FileNotFoundError: neither could be loaded.
+    """
+    from diffusers import DiffusionPipeline
+
+    if not Path(model).is_dir() and revision is None:
+        raise ValueError(
+            f"shiva_ext: {model!r} is not a folder here; for a repository on the hub give its revision too (a commit), "
+            "so that the training can be repeated"
+        )
+    index = Path(model) / "model_index.json"
+    parts = json.loads(index.read_text()) if index.is_file() else {}
+    absent = {name: None for name, kind in parts.items() if kind == [None, None]}  # diffusers wants to be told again
+    try:
+        return DiffusionPipeline.from_pretrained(
+            model, revision=revision, torch_dtype=dtype, use_safetensors=True, **absent
+        )
+    except (OSError, ValueError) as error:
+        raise FileNotFoundError(
+            f"shiva_ext: {model!r} could not be loaded as a diffusers pipeline ({error})"
+        ) from error
+
+
+def _begin(out: Path, run: dict, resume: bool) -> None:
+    """Write what the run is; a folder that holds another run is left alone."""
+    path = out / RUN
+    if path.is_file():
+        if not resume:
+            raise ValueError(f"shiva_ext: {out} holds a run already; go on with --resume, or choose another folder")
+        before = json.loads(path.read_text())
+        other = [f"{key} {before.get(key)!r} (now {run[key]!r})" for key in run if before.get(key) != run[key]]
+        if other:
+            raise ValueError(
+                f"shiva_ext: the run in {out} is another one: {', '.join(other)}; resume with the same model, data and "
+                "settings, or choose another folder"
+            )
+        return
+    out.mkdir(parents=True, exist_ok=True)
+    path.with_suffix(".tmp").write_text(json.dumps(run, indent=1) + "\n")
+    os.replace(path.with_suffix(".tmp"), path)
+
+
+def fit(
+    model: str,
+    data: str | os.PathLike,
+    out: str | os.PathLike,
+    config: TrainConfig,
+    revision: str | None = None,
+    resume: bool = False,
+    load: Callable = load_pipeline,
+) -> Path:
+    """Train selection for a pipeline on one's own images.
+
+    Args:
+        model: folder of a diffusers pipeline, or a hub id.
+        data: folder of images with captions, see :func:`~shiva_ext.training.data.find_samples`.
+        out: folder for the artefact; ``encodings`` and ``checkpoints`` lie in it, too.
+        config: see :class:`TrainConfig`.
+        revision: of a hub id.
+        resume: go on with the run in ``out``, if there is one.
+        load: loads the pipeline, see :func:`load_pipeline`.
+
+    Returns:
+        ``out``, which :func:`shiva_ext.enable` takes. ``report.html`` in it shows the training.
+
+    Raises:
+        FileNotFoundError, ValueError: the model, the data or the run in ``out`` are not as they should be.
+        FloatingPointError: the training does not converge.
+        OSError: the disk is full.
+    """
+    out, state = Path(out), PartialState()
+    samples = find_samples(Path(data))
+    run = {
+        "model": model,
+        "revision": revision,
+        "data": str(Path(data).resolve()),
+        "images": len(samples),
+        "config": asdict(config),
+    }
+    with state.main_process_first():
+        if state.is_main_process:
+            _begin(out, run, resume)
+    dtype = torch.bfloat16 if config.precision == "bf16" else torch.float32
+    pipe = load(model, revision, dtype)
+    transformer, recipe, objective = pipe.transformer, recipe_for(pipe.transformer), objective_for(pipe.scheduler)
+    identity = {"model": model, "revision": revision, "resolution": config.resolution, "dtype": str(dtype)}
+    cache = EncodingCache(out / "encodings", identity)
+    display = make_display(state.is_main_process)
+    if cache.missing(samples):
+        pipe.to(state.device)
+        encoder = Encoder(
+            lambda pixels: recipe.encode_images(pipe, pixels),
+            lambda captions: recipe.encode_prompts(pipe, captions),
+            identity,
+            config.resolution,
+        )
+        cache.fill(samples, encoder, progress=display.encoding)
+    state.wait_for_everyone()
+    pipe = None  # the encoders' memory is free from here on
+    trainer = ShivaTrainer(
+        transformer.to(state.device),
+        config,
+        CachedSource(cache, samples, config.prompt_dropout, dtype),
+        objective=objective,
+        recipe=recipe,
+        display=display,
+    )
+    try:
+        trainer.run(out / "checkpoints", resume)
+        probes = trainer.probe()  # by all: the weights may be shared out
+        if state.is_main_process:
+            artifact = trainer.export(out, {"model": model, "revision": revision, "shiva_ext": __version__})
+            write_report(out / "report.html", artifact, run, probes)
+    finally:
+        display.close()
+        trainer.close()
+    state.wait_for_everyone()
+    return out

@@ -1,0 +1,179 @@
+"""How each family is called in training: its encoders, its inputs, and where its prediction is."""
+
+import torch
+from torch import Tensor, nn
+
+
+class Recipe:
+    """A family whose latents [B,C,H,W] go into the transformer as they are.
+
+    Conditions are the transformer's own arguments, by name; the first axis is the batch's.
+    """
+
+    def encode_images(self, pipe, pixels: Tensor) -> Tensor:
+        """Latents of images [B,3,H,W] in [-1, 1], as the transformer is used to: the mode, not a draw."""
+        vae = pipe.vae
+        latents = vae.encode(pixels.to(vae.device, vae.dtype)).latent_dist.mode()
+        return (latents - (getattr(vae.config, "shift_factor", None) or 0.0)) * vae.config.scaling_factor
+
+    def encode_prompts(self, pipe, captions: list[str]) -> dict[str, Tensor]:
+        """Conditions of captions; ``""`` is the empty prompt."""
+        raise NotImplementedError
+
+    def inputs(self, transformer: nn.Module, noisy: Tensor, timestep: Tensor, conditions: dict[str, Tensor]) -> dict:
+        """The transformer's arguments; timestep [B] goes from 0 to 1000."""
+        return dict(hidden_states=noisy, timestep=timestep, **conditions)
+
+    def prediction(self, output: Tensor, noisy: Tensor) -> Tensor:
+        """The part of the transformer's output that has the shape of the noisy latents; the rest is variance."""
+        return output[:, : noisy.shape[1]]
+
+
+class SD3Recipe(Recipe):
+    def encode_prompts(self, pipe, captions):
+        tokens, _, pooled, _ = pipe.encode_prompt(captions, captions, captions, do_classifier_free_guidance=False)
+        return dict(encoder_hidden_states=tokens, pooled_projections=pooled)
+
+
+def _pack(latents: Tensor) -> Tensor:
+    """[B,C,H,W] -> [B,(H/2)(W/2),4C], patches of 2 x 2 as tokens."""
+    B, C, H, W = latents.shape
+    patches = latents.view(B, C, H // 2, 2, W // 2, 2).permute(0, 2, 4, 1, 3, 5)
+    return patches.reshape(B, H // 2 * (W // 2), 4 * C)
+
+
+def _unpack(tokens: Tensor, shape: torch.Size) -> Tensor:
+    B, C, H, W = shape
+    return tokens.view(B, H // 2, W // 2, C, 2, 2).permute(0, 3, 1, 4, 2, 5).reshape(B, C, H, W)
+
+
+class FluxRecipe(Recipe):
+    GUIDANCE = 3.5  # the pipeline's default, for models that are told how strongly to guide
+
+    def encode_prompts(self, pipe, captions):
+        tokens, pooled, _ = pipe.encode_prompt(captions, captions)
+        return dict(encoder_hidden_states=tokens, pooled_projections=pooled)
+
+    def inputs(self, transformer, noisy, timestep, conditions):
+        B, _, H, W = noisy.shape
+        rows, columns = torch.meshgrid(torch.arange(H // 2), torch.arange(W // 2), indexing="ij")
+        places = torch.stack([torch.zeros_like(rows), rows, columns], dim=-1).reshape(-1, 3)
+        T = conditions["encoder_hidden_states"].shape[1]
+        guidance = noisy.new_full((B,), self.GUIDANCE) if transformer.config.guidance_embeds else None
+        return dict(
+            hidden_states=_pack(noisy),
+            timestep=timestep / 1000,
+            img_ids=places.to(noisy),
+            txt_ids=noisy.new_zeros(T, 3),
+            guidance=guidance,
+            **conditions,
+        )
+
+    def prediction(self, output, noisy):
+        return _unpack(output, noisy.shape)
+
+
+class PixArtRecipe(Recipe):
+    def encode_prompts(self, pipe, captions):
+        tokens, mask, _, _ = pipe.encode_prompt(captions, do_classifier_free_guidance=False)
+        return dict(encoder_hidden_states=tokens, encoder_attention_mask=mask)
+
+    def inputs(self, transformer, noisy, timestep, conditions):
+        size: dict[str, Tensor | None] = {"resolution": None, "aspect_ratio": None}
+        if transformer.use_additional_conditions:
+            B, _, H, W = noisy.shape
+            size["resolution"] = noisy.new_tensor([8 * H, 8 * W]).repeat(B, 1)
+            size["aspect_ratio"] = noisy.new_tensor([H / W]).repeat(B, 1)
+        return dict(hidden_states=noisy, timestep=timestep, added_cond_kwargs=size, **conditions)
+
+
+class DiTRecipe(Recipe):
+    """Captions are class names or numbers; the empty prompt is the class behind the last."""
+
+    def encode_prompts(self, pipe, captions):
+        empty = pipe.transformer.config.num_embeds_ada_norm
+        names = {name: number for name, number in getattr(pipe, "labels", {}).items()} | {"": empty}
+        unknown = [c for c in captions if c not in names and not (c.isdigit() and int(c) < empty)]
+        if unknown:
+            raise ValueError(
+                f"shiva_ext: the caption {unknown[0]!r} is neither a class of the model nor a number below {empty}"
+            )
+        return dict(class_labels=torch.tensor([names[c] if c in names else int(c) for c in captions]))
+
+
+class SanaRecipe(Recipe):
+    def encode_images(self, pipe, pixels):
+        vae = pipe.vae
+        return vae.encode(pixels.to(vae.device, vae.dtype)).latent * vae.config.scaling_factor
+
+    def encode_prompts(self, pipe, captions):
+        tokens, mask, _, _ = pipe.encode_prompt(captions, do_classifier_free_guidance=False)
+        return dict(encoder_hidden_states=tokens, encoder_attention_mask=mask)
+
+    def inputs(self, transformer, noisy, timestep, conditions):
+        more = dict(guidance=noisy.new_full((len(noisy),), 4.5)) if transformer.config.guidance_embeds else {}
+        timestep = timestep * transformer.config.timestep_scale
+        return dict(hidden_states=noisy, timestep=timestep, **conditions, **more)
+
+
+class _VideoVae(Recipe):
+    """An autoencoder of videos [B,C,T,H,W] with a mean and a spread for each channel; an image is one frame."""
+
+    def encode_images(self, pipe, pixels):
+        vae = pipe.vae
+        latents = vae.encode(pixels.unsqueeze(2).to(vae.device, vae.dtype)).latent_dist.mode()
+        mean, std = (
+            torch.tensor(values).view(1, -1, 1, 1, 1).to(latents)
+            for values in (vae.config.latents_mean, vae.config.latents_std)
+        )
+        return (latents - mean) / std
+
+
+class QwenImageRecipe(_VideoVae):
+    def encode_images(self, pipe, pixels):
+        return super().encode_images(pipe, pixels).squeeze(2)
+
+    def encode_prompts(self, pipe, captions):
+        tokens, mask = pipe.encode_prompt(captions)
+        mask = torch.ones(tokens.shape[:2], dtype=torch.long) if mask is None else mask
+        return dict(encoder_hidden_states=tokens, encoder_hidden_states_mask=mask)
+
+    def inputs(self, transformer, noisy, timestep, conditions):
+        B, _, H, W = noisy.shape
+        shapes = [[(1, H // 2, W // 2)]] * B
+        return dict(hidden_states=_pack(noisy), timestep=timestep / 1000, img_shapes=shapes, **conditions)
+
+    def prediction(self, output, noisy):
+        return _unpack(output, noisy.shape)
+
+
+class WanRecipe(_VideoVae):
+    def encode_prompts(self, pipe, captions):
+        tokens, _ = pipe.encode_prompt(captions, do_classifier_free_guidance=False)
+        return dict(encoder_hidden_states=tokens)
+
+
+RECIPES: dict[str, type[Recipe]] = {
+    "DiTTransformer2DModel": DiTRecipe,
+    "FluxTransformer2DModel": FluxRecipe,
+    "PixArtTransformer2DModel": PixArtRecipe,
+    "QwenImageTransformer2DModel": QwenImageRecipe,
+    "SD3Transformer2DModel": SD3Recipe,
+    "SanaTransformer2DModel": SanaRecipe,
+    "WanTransformer3DModel": WanRecipe,
+}
+
+
+def recipe_for(transformer: nn.Module) -> Recipe:
+    """The recipe of a transformer, by the name of its class or of one it inherits from.
+
+    Raises:
+        TypeError: there is none; the message lists the families there are.
+    """
+    for cls in type(transformer).__mro__:
+        if cls.__name__ in RECIPES:
+            return RECIPES[cls.__name__]()
+    raise TypeError(
+        f"shiva_ext cannot train {type(transformer).__name__}; it knows {', '.join(sorted(RECIPES))}. A new family is "
+        "one small class in shiva_ext/training/recipes.py, see CONTRIBUTING.md"
+    )
