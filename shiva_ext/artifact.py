@@ -3,6 +3,7 @@
 import json
 import os
 import shutil
+import warnings
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 
@@ -89,6 +90,10 @@ class ShivaArtifact:
     def load(cls, source: str | os.PathLike) -> "ShivaArtifact":
         """Read an artefact from a folder or, if there is none of that name, from the Hugging Face hub.
 
+        Args:
+            source: a folder, or a hub id such as ``someone/sd35-shiva@0123abc`` with its revision. Without one it is
+                whatever the repository holds today, and there is a warning.
+
         Raises:
             FileNotFoundError: neither exists, or the folder is not an artefact.
             ValueError: the artefact is damaged or of a later format.
@@ -144,8 +149,15 @@ def _download(repo_id: str) -> Path:
     from huggingface_hub import snapshot_download
     from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
 
+    name, _, revision = repo_id.partition("@")
+    if not revision:
+        warnings.warn(
+            f"shiva_ext: {repo_id!r} is loaded as it is on the hub today; give its revision ('{repo_id}@<commit>') for "
+            "results that can be repeated",
+            stacklevel=4,
+        )
     try:
-        return Path(snapshot_download(repo_id, allow_patterns=["*.json", "*.safetensors"]))
+        return Path(snapshot_download(name, revision=revision or None, allow_patterns=["*.json", "*.safetensors"]))
     except (HFValidationError, HfHubHTTPError, LocalEntryNotFoundError, OSError) as error:
         raise FileNotFoundError(
             f"shiva_ext: {repo_id!r} is neither a folder here nor a repository on the hub that could be reached "

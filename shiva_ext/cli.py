@@ -68,6 +68,12 @@ def _train_dense(args) -> None:
     train(_config(args, DenseConfig), args.out, args.data_dir)
 
 
+def _train_emoji(args) -> None:
+    from .testbed.emoji import DenseConfig, train
+
+    train(_config(args, DenseConfig), args.out)
+
+
 def _train_classifier(args) -> None:
     from .testbed.classifier import ClassifierConfig, train
 
@@ -121,6 +127,7 @@ def parser() -> argparse.ArgumentParser:
     """The whole command line."""
     from .testbed.classifier import ClassifierConfig
     from .testbed.dense import DenseConfig
+    from .testbed.emoji import CONFIG as EMOJI_CONFIG
     from .testbed.train_shiva import TESTBED_CONFIG
 
     root = argparse.ArgumentParser(prog="shiva", description=__doc__)
@@ -131,12 +138,14 @@ def parser() -> argparse.ArgumentParser:
     train = train.add_subparsers(metavar="what", title="the testbed's models")
     for name, run, config, text in (
         ("dense", _train_dense, DenseConfig(), "the dense diffusion model"),
+        ("emoji", _train_emoji, EMOJI_CONFIG, "the dense model of the second testbed, captions to emoji"),
         ("classifier", _train_classifier, ClassifierConfig(), "the classifier behind the metrics"),
         ("testbed", _train_testbed, TESTBED_CONFIG, "router, policy and adapters of the testbed's model"),
     ):
         sub = train.add_parser(name, help=text, formatter_class=argparse.ArgumentDefaultsHelpFormatter)
         sub.add_argument("--out", required=True, help="folder to write")
-        sub.add_argument("--data-dir", help="folder of the Fashion-MNIST .gz files")
+        if name != "emoji":
+            sub.add_argument("--data-dir", help="folder of the Fashion-MNIST .gz files")
         _add_config(sub, config)
         if name == "testbed":
             sub.add_argument("--dense-model", help="dense model's folder; by default the one that ships")

@@ -6,6 +6,7 @@ import pytest
 import torch
 import yaml
 from diffusers import StableDiffusion3Pipeline
+from PIL import Image
 
 import shiva_ext
 from shiva_ext.cli import main
@@ -17,7 +18,7 @@ from .tiny_pipeline import SIDE, save_images, save_pipeline
 
 SETTINGS = dict(
     budget=0.5, router_steps=2, policy_steps=2, joint_steps=2, batch_size=4, micro_batches=2, adapter_rank=2,
-    resolution=SIDE, log_every=1, checkpoint_every=1, table_levels=4,
+    resolution=SIDE, log_every=1, checkpoint_every=1, table_levels=4, sample_every=3, sample_count=2,
 )  # fmt: skip
 CONFIG = TrainConfig(**SETTINGS)
 
@@ -60,6 +61,9 @@ def test_the_command_makes_an_artefact_that_a_pipeline_can_use(model, data, tmp_
     assert [entry["stage"] for entry in metadata["history"]] == ["router"] * 2 + ["policy"] * 2 + ["joint"] * 2
     page = (out / "report.html").read_text()
     assert page.count("data:image/png;base64,") == 4 and "asked for 0.5" in page and "http" not in page.split("<h2>")[2]
+    for step in (3, 6):  # dense above, pruned below
+        with Image.open(out / "samples" / f"step-{step:08d}.png") as grid:
+            assert grid.size == (2 * SIDE, 2 * SIDE)
     assert not [path for path in out.rglob("*") if path.suffix in (".pt", ".pkl", ".bin", ".tmp")]
 
 
@@ -167,3 +171,25 @@ def test_the_papers_numbers_are_the_defaults():
     assert got == (16, 3e-4, 1e-4, 200, 32)
     assert (config.prompt_dropout, config.feature_every, config.hidden, config.share) == (0.1, 4, 64, 2)
     assert (config.ratio_min, config.ratio_max, config.policy_noise) == (0.3, 0.95, 1.0)
+
+
+def test_the_history_goes_to_tensorboard(model, data, tmp_path):
+    pytest.importorskip("tensorboard")
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+    out = fit(str(model), data, tmp_path / "out", TrainConfig(**SETTINGS, tracker="tensorboard"))
+    events = EventAccumulator(str(out / "shiva"))
+    events.Reload()
+    assert [event.step for event in events.Scalars("diffusion")] == [1, 2, 3, 4, 5, 6]
+
+
+def test_a_tracker_that_is_not_there_is_named(model, data, tmp_path, monkeypatch, capsys):
+    assert main(options(model, data, tmp_path / "out", **SETTINGS, tracker="comet_ml")) == 1
+    assert "the tracker 'comet_ml' is not installed; pip install comet_ml" in capsys.readouterr().err
+
+
+def test_pictures_of_a_run_do_not_change_it(model, data, tmp_path):
+    with_pictures = fit(str(model), data, tmp_path / "a", TrainConfig(**{**SETTINGS, "sample_every": 1}))
+    without = fit(str(model), data, tmp_path / "b", TrainConfig(**{**SETTINGS, "sample_every": 0}))
+    assert len(list((with_pictures / "samples").iterdir())) == 6 and not (without / "samples").exists()
+    assert (with_pictures / "shiva.safetensors").read_bytes() == (without / "shiva.safetensors").read_bytes()

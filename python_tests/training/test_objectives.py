@@ -64,3 +64,29 @@ def test_a_scheduler_that_implies_nothing_known_is_refused():
         objective_for(EDMEulerScheduler())
     with pytest.raises(ValueError, match="prediction_type is 'sample', wanted 'epsilon'"):
         objective_for(DDPMScheduler(prediction_type="sample"))
+
+
+@pytest.mark.parametrize("steps", [1, 7])
+@pytest.mark.parametrize(
+    "objective",
+    [FlowMatching(), objective_for(DDPMScheduler()), objective_for(DDPMScheduler(prediction_type="v_prediction"))],
+    ids=["flow", "epsilon", "velocity"],
+)
+def test_steps_with_the_right_answers_lead_to_the_data(objective, steps):
+    latents, noise = draw(4, 8, 8).double(), draw(4, 8, 8).double() + 1
+    levels = torch.linspace(1, 0, steps + 1).tolist()
+    x = objective.noisy(latents, noise, torch.ones(3))
+    for now, after in zip(levels, levels[1:], strict=False):
+        sigma = torch.full((3,), now)
+        torch.testing.assert_close(x, objective.noisy(latents, noise, sigma), rtol=1e-4, atol=1e-4)
+        x = objective.step(x, objective.target(latents, noise, sigma), now, after)
+    torch.testing.assert_close(x, latents, rtol=1e-4, atol=1e-4)
+
+
+def test_a_step_is_ddims():
+    scheduler = DDIMScheduler(clip_sample=False, set_alpha_to_one=True, timestep_spacing="trailing")
+    scheduler.set_timesteps(10)
+    x, output = draw(4, 8, 8), draw(4, 8, 8) * 0.5
+    wanted = scheduler.step(output, 599, x, eta=0).prev_sample
+    got = objective_for(scheduler).step(x, output, 0.5995, 0.4995)
+    torch.testing.assert_close(got, wanted, rtol=1e-4, atol=1e-4)

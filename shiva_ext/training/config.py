@@ -43,6 +43,9 @@ class TrainConfig:
         sharding: "ddp" keeps the model whole in every process, "fsdp" shares its frozen weights out (FSDP2).
         resolution: side of the square that images are cut to, in pixels.
         log_every: steps between two entries of the history.
+        sample_every: steps between two pictures of dense and pruned samples, in ``samples``; 0 for none.
+        sample_count: images in one.
+        tracker: where the history goes besides: "tensorboard", or another of accelerate's trackers; "" for nowhere.
         checkpoint_every: steps between two checkpoints; each stage's end makes one, too. 0 for the ends alone.
         keep_checkpoints: how many are kept.
         max_bad_steps: steps without a finite gradient that are skipped, one after the other, before the run stops.
@@ -81,6 +84,9 @@ class TrainConfig:
     sharding: str = "ddp"
     resolution: int = 1024
     log_every: int = 25
+    sample_every: int = 500
+    sample_count: int = 4
+    tracker: str = ""
     checkpoint_every: int = 250
     keep_checkpoints: int = 2
     max_bad_steps: int = 10

@@ -3,6 +3,7 @@
 import json
 import sys
 import time
+from collections.abc import Callable
 
 from rich.console import Group
 from rich.live import Live
@@ -19,6 +20,7 @@ class PlainDisplay:
 
     def __init__(self, quiet: bool = False):
         self.quiet = quiet
+        self.listeners: list[Callable[[dict], None]] = []  # get each entry of the history, too
 
     def encoding(self, done: int, total: int) -> None:
         """Images and captions are being encoded."""
@@ -37,6 +39,8 @@ class PlainDisplay:
 
     def log(self, entry: dict) -> None:
         """An entry of the history: means since the last one."""
+        for listener in self.listeners:
+            listener(entry)
         if not self.quiet:
             print(json.dumps(entry), flush=True)
 
@@ -76,6 +80,8 @@ class LiveDisplay(PlainDisplay):
         self.live.update(self.render())
 
     def log(self, entry):
+        for listener in self.listeners:
+            listener(entry)
         self.entries = [*self.entries[-9:], entry]
 
     def warn(self, text):

@@ -158,6 +158,12 @@ class CachedSource:
         conditions = {n: t.to(self.dtype) if t.is_floating_point() else t for n, t in tensors.items()}
         return conditions if latents is None else {_LATENTS: latents.float(), **conditions}
 
+    def first(self, count: int) -> tuple[dict[str, Tensor], torch.Size]:
+        """Conditions of the first samples, and the shape of their latents."""
+        found = [self._load(path) for path in self.paths[:count]]
+        latents = torch.stack([tensors.pop(_LATENTS) for tensors in found])
+        return {name: _padded([c[name] for c in found]) for name in self.empty}, latents.shape
+
     def __call__(self, count: int, generator: torch.Generator) -> Batch:
         """``count`` samples drawn with replacement."""
         drawn = torch.randint(len(self.paths), (count,), generator=generator).tolist()

@@ -7,7 +7,7 @@ from dataclasses import asdict
 from pathlib import Path
 
 import torch
-from accelerate import PartialState
+from accelerate import Accelerator
 
 from .. import __version__
 from .config import TrainConfig
@@ -17,6 +17,7 @@ from .encodings import CachedSource, Encoder, EncodingCache
 from .objectives import objective_for
 from .recipes import recipe_for
 from .report import write_report
+from .samples import save_grid
 from .trainer import ShivaTrainer
 
 RUN = "run.json"
@@ -68,6 +69,37 @@ def _begin(out: Path, run: dict, resume: bool) -> None:
     os.replace(path.with_suffix(".tmp"), path)
 
 
+def _track(accelerator: Accelerator, entry: dict, config: TrainConfig) -> None:
+    """Hand an entry of the history to accelerate's trackers, at its step in the whole run."""
+    before = {"router": 0, "policy": config.router_steps, "joint": config.router_steps + config.policy_steps}
+    values = {name: value for name, value in entry.items() if name not in ("stage", "step")}
+    accelerator.log(values, step=before[entry["stage"]] + entry["step"])
+
+
+def _pictures(
+    folder: Path, vae, source: CachedSource, config: TrainConfig, main: bool
+) -> Callable[[ShivaTrainer, int], None]:
+    """Draws the first samples' captions every so many steps: the dense model's images above, the pruned one's below.
+
+    All processes draw, as the weights may be shared out; the main one writes.
+    """
+    conditions, shape = source.first(config.sample_count)
+    noise = torch.randn(shape, generator=torch.Generator().manual_seed(config.seed))
+    vae = vae.requires_grad_(False)
+
+    def draw(trainer: ShivaTrainer, done: int) -> None:
+        if done % config.sample_every:
+            return
+        drawn = trainer.draw(conditions, noise)
+        if main:
+            vae.to(trainer.device)
+            rows = [trainer.recipe.decode_images(vae, latents) for latents in drawn]
+            vae.to("cpu")
+            save_grid(rows, folder / f"step-{done:08d}.png")
+
+    return draw
+
+
 def fit(
     model: str,
     data: str | os.PathLike,
@@ -96,7 +128,12 @@ def fit(
         FloatingPointError: the training does not converge.
         OSError: the disk is full.
     """
-    out, state = Path(out), PartialState()
+    out = Path(out)
+    state = Accelerator(log_with=config.tracker or None, project_dir=out)
+    if config.tracker and not state.log_with:
+        raise ValueError(
+            f"shiva_ext: the tracker {config.tracker!r} is not installed; pip install {config.tracker}, or tracker ''"
+        )
     samples = find_samples(Path(data))
     run = {
         "model": model,
@@ -124,14 +161,22 @@ def fit(
         )
         cache.fill(samples, encoder, progress=display.encoding)
     state.wait_for_everyone()
+    source = CachedSource(cache, samples, config.prompt_dropout, dtype)
+    pictures = None
+    if config.sample_every:
+        pictures = _pictures(out / "samples", pipe.vae, source, config, state.is_main_process)
     pipe = None  # the encoders' memory is free from here on
+    if config.tracker:
+        state.init_trackers("shiva", asdict(config))
+        display.listeners.append(lambda entry: _track(state, entry, config))
     trainer = ShivaTrainer(
         transformer.to(state.device),
         config,
-        CachedSource(cache, samples, config.prompt_dropout, dtype),
+        source,
         objective=objective,
         recipe=recipe,
         display=display,
+        after_step=pictures,
     )
     try:
         trainer.run(out / "checkpoints", resume)
@@ -142,5 +187,6 @@ def fit(
     finally:
         display.close()
         trainer.close()
+        state.end_training()
     state.wait_for_everyone()
     return out

@@ -29,6 +29,10 @@ class Objective(ABC):
     def timestep(self, sigma: Tensor) -> Tensor:
         """The timesteps [B] that the scheduler would give the model, from 0 to 1000."""
 
+    @abstractmethod
+    def step(self, noisy: Tensor, output: Tensor, now: float, after: float) -> Tensor:
+        """Latents at the noise level ``after`` from those at ``now`` and the model's output there."""
+
 
 class FlowMatching(Objective):
     """Straight paths from data to noise; the model predicts their velocity, ``noise - latents``."""
@@ -42,6 +46,9 @@ class FlowMatching(Objective):
 
     def timestep(self, sigma):
         return sigma * 1000
+
+    def step(self, noisy, output, now, after):
+        return noisy + (after - now) * output
 
 
 class Denoising(Objective):
@@ -74,6 +81,18 @@ class Denoising(Objective):
             return noise
         signal, spread = self._scales(sigma, latents)
         return signal * noise - spread * latents
+
+    def step(self, noisy, output, now, after):
+        """DDIM without noise (arXiv 2010.02502), eq. 12."""
+        signal, spread = self._scales(torch.tensor([now]), noisy)
+        if self.prediction_type == "epsilon":
+            noise, clean = output, (noisy - spread * output) / signal
+        else:
+            noise, clean = spread * noisy + signal * output, signal * noisy - spread * output
+        if after == 0:
+            return clean
+        signal, spread = self._scales(torch.tensor([after]), noisy)
+        return signal * clean + spread * noise
 
 
 def objective_for(scheduler) -> Objective:

