@@ -49,7 +49,8 @@ class Summary:
         for layer, reason in self.wrapped.items():
             reasons.setdefault(reason, []).append(f"L{layer}")
         others = "; ".join(f"wrapped {' '.join(layers)}: {reason}" for reason, layers in reasons.items())
-        return f"{self.hooked - len(self.wrapped)} blocks run fused" + (f"; {others}" if others else "")
+        pruned = {layer for row in self.kept for layer, k in enumerate(row) if k < self.num_tokens}
+        return f"{len(pruned - self.wrapped.keys())} pruned blocks run fused" + (f"; {others}" if others else "")
 
     def __str__(self) -> str:
         layers = range(len(self.kept[0]))
@@ -102,10 +103,12 @@ def summary(
         raise ValueError(f"shiva_ext: steps is {steps!r}, wanted at least one noise level")
     before = (state.sigma, state.quota, state.fixed)
     kept = []
-    for sigma in sigmas:
-        state.at(sigma)
-        kept.append(tuple(state.tokens(layer, num_tokens) for layer in range(len(state.quota))))
-    state.sigma, state.quota, state.fixed = before
+    try:
+        for sigma in sigmas:
+            state.at(sigma)
+            kept.append(tuple(state.tokens(layer, num_tokens) for layer in range(len(state.quota))))
+    finally:
+        state.sigma, state.quota, state.fixed = before
     router = getattr(state.selector, "router", None)
     width = 0 if router is None else router.config.hidden
 

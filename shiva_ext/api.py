@@ -1,6 +1,7 @@
 """One line to make a pipeline faster, and one to undo it."""
 
 import os
+import warnings
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
@@ -221,6 +222,12 @@ def enable(
         RuntimeError: no block was hooked.
     """
     transformer = find_transformer(pipe_or_transformer)
+    if getattr(pipe_or_transformer, "transformer_2", None) is not None:
+        warnings.warn(
+            "shiva_ext: the pipeline has a second transformer, for its low noise levels, which stays dense; enable() "
+            "it by itself, pipe.transformer_2, where it is not compiled",
+            stacklevel=2,
+        )
     for name, value in (("tile", tile), ("max_distinct_k", max_distinct_k)):
         if value is not None and value < 1:
             raise ValueError(f"shiva_ext: {name} is {value}, wanted at least 1")

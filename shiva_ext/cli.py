@@ -74,6 +74,13 @@ def _train_emoji(args) -> None:
     train(_config(args, DenseConfig), args.out)
 
 
+def _train_emoji_selection(args) -> None:
+    from .testbed.emoji_selection import train
+    from .training.config import TrainConfig
+
+    train(_config(args, TrainConfig), args.out, args.dense_model, args.resume)
+
+
 def _train_classifier(args) -> None:
     from .testbed.classifier import ClassifierConfig, train
 
@@ -128,6 +135,7 @@ def parser() -> argparse.ArgumentParser:
     from .testbed.classifier import ClassifierConfig
     from .testbed.dense import DenseConfig
     from .testbed.emoji import CONFIG as EMOJI_CONFIG
+    from .testbed.emoji_selection import CONFIG as EMOJI_SELECTION_CONFIG
     from .testbed.train_shiva import TESTBED_CONFIG
 
     root = argparse.ArgumentParser(prog="shiva", description=__doc__)
@@ -139,12 +147,16 @@ def parser() -> argparse.ArgumentParser:
     for name, run, config, text in (
         ("dense", _train_dense, DenseConfig(), "the dense diffusion model"),
         ("emoji", _train_emoji, EMOJI_CONFIG, "the dense model of the second testbed, captions to emoji"),
+        ("emoji-selection", _train_emoji_selection, EMOJI_SELECTION_CONFIG, "router, policy and adapters for it"),
         ("classifier", _train_classifier, ClassifierConfig(), "the classifier behind the metrics"),
         ("testbed", _train_testbed, TESTBED_CONFIG, "router, policy and adapters of the testbed's model"),
     ):
         sub = train.add_parser(name, help=text, formatter_class=argparse.ArgumentDefaultsHelpFormatter)
         sub.add_argument("--out", required=True, help="folder to write")
-        if name != "emoji":
+        if name == "emoji-selection":
+            sub.add_argument("--dense-model", required=True, help="folder that 'shiva train emoji' wrote")
+            sub.add_argument("--resume", action="store_true", help="go on from the last checkpoint in --out")
+        elif name != "emoji":
             sub.add_argument("--data-dir", help="folder of the Fashion-MNIST .gz files")
         _add_config(sub, config)
         if name == "testbed":

@@ -9,6 +9,7 @@ from typing import Protocol
 import torch
 from accelerate.hooks import CpuOffload
 from diffusers.hooks import HookRegistry, ModelHook
+from diffusers.hooks.group_offloading import GroupOffloadingHook
 from torch import Tensor, nn
 
 from . import ops
@@ -190,8 +191,7 @@ class TransformerHook(ModelHook):
         compiling = torch.compiler.is_compiling()
         if state.watch is not None and not compiling:
             state.watch.refresh()
-        offload = getattr(module, "_hf_hook", None)
-        if isinstance(offload, CpuOffload):  # below our hook: it would bring the weights after the conditioning
+        for offload in self._below(module):  # they would bring the weights after the conditioning
             args, kwargs = offload.pre_forward(module, *args, **kwargs)
         arguments = state.adapter.bind(forward, args, kwargs)
         state.conditioning = state.adapter.conditioning(module, arguments)
@@ -208,6 +208,12 @@ class TransformerHook(ModelHook):
             return forward(*args, **kwargs)
         finally:
             state.conditioning, state.chosen = None, {}
+
+    @staticmethod
+    def _below(module: nn.Module) -> list:
+        """Hooks on the transformer that bring its weights, and whose turn comes after ours."""
+        found = [getattr(module, "_hf_hook", None), *module._diffusers_hook.hooks.values()]
+        return [hook for hook in found if isinstance(hook, (CpuOffload, GroupOffloadingHook))]
 
     def _run(self, module: nn.Module, *args, **kwargs):
         """Eager code can look at the call itself: its timesteps count, whatever was announced for another call."""
@@ -239,6 +245,9 @@ class BlockHook(ModelHook):
         super().__init__()
         self.state, self.layer = state, layer
         self.form = find_form(block)
+        self.adaptive = (
+            None if isinstance(self.form, str) else type(getattr(block, self.form.adaptive_norm or "", None))
+        )
 
     def why_wrapped(self, module: nn.Module, arguments: dict) -> str | None:
         """Why a call with these named arguments does not run fused; None if it does."""
@@ -246,6 +255,8 @@ class BlockHook(ModelHook):
             return "fused=False"
         if isinstance(self.form, str):
             return self.form
+        if type(getattr(module, self.form.adaptive_norm or "", None)) is not self.adaptive:
+            return f"{self.form.adaptive_norm} was replaced"
         return why_not(module, self.form, self.fn_ref.original_forward, arguments)
 
     def new_forward(self, module: nn.Module, *args, **kwargs):

@@ -57,6 +57,11 @@ class SchedulerWatch:
         self._attach()
 
     def _attach(self) -> None:
+        if type(self.pipeline.scheduler).__name__ == "SCMScheduler":
+            raise ValueError(
+                "shiva_ext: SCMScheduler's timesteps are angles, from which no noise level is read; enable on the "
+                "transformer itself and call handle.at(sigma) before each step"
+            )
         self.scheduler = self.pipeline.scheduler
         self.levels: list[float] = []
         self.entry: Tensor | None = None  # of the scheduler's timesteps: the announced one
@@ -107,6 +112,8 @@ class SchedulerWatch:
         if self.batched_guidance is None:
             running = self.state.sigma is not None
             guides = running and self.state.adapter.guides_in_batch
+            # Perturbed attention guidance adds a third part to the batch: there are no halves to agree.
+            guides = guides and not getattr(self.pipeline, "do_perturbed_attention_guidance", False)
             self.state.batched_guidance = guides and bool(getattr(self.pipeline, "do_classifier_free_guidance", False))
 
     def remove(self) -> None:

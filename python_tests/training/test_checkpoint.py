@@ -133,3 +133,11 @@ def test_an_optimizers_state_goes_there_and_back():
     step(params, optimizer)
     step(others, fresh)
     assert all(torch.equal(p, q) for p, q in zip(params, others, strict=True))
+
+
+def test_a_new_checkpoint_is_never_the_one_that_is_removed(tmp_path):
+    for step in (11, 12):
+        write(tmp_path, step)
+    assert write(tmp_path, 3, keep=2).is_dir()
+    assert [path.name for path in checkpoint.steps(tmp_path)] == ["step-00000003", "step-00000012"]
+    assert write(tmp_path, 4, keep=1).is_dir() and len(checkpoint.steps(tmp_path)) == 1

@@ -91,3 +91,28 @@ def test_a_damaged_image_is_named(tmp_path, damage):
     path.write_bytes(content)
     with pytest.raises(ValueError, match=r"a\.png cannot be read as an image"):
         load_image(path, 8)
+
+
+def test_two_images_for_one_caption_are_named(tmp_path):
+    picture(tmp_path / "a.png")
+    picture(tmp_path / "a.jpg")
+    (tmp_path / "a.txt").write_text("an apple")
+    with pytest.raises(ValueError, match=r"a\.png and a\.jpg in .* would share a caption"):
+        find_samples(tmp_path)
+
+
+def test_a_picture_that_was_turned_by_the_camera_is_turned_back(tmp_path):
+    image = Image.new("RGB", (8, 8), (255, 0, 0))
+    image.paste((0, 0, 255), (0, 0, 8, 4))
+    exif = image.getexif()
+    exif[0x0112] = 3  # upside down
+    image.save(tmp_path / "a.png", exif=exif)
+    pixels = load_image(tmp_path / "a.png", 8)
+    assert pixels[2, 7, 0] == 1 and pixels[0, 0, 0] == 1  # blue is at the bottom
+
+
+def test_an_image_too_large_to_be_true_is_named(tmp_path, monkeypatch):
+    picture(tmp_path / "a.png")
+    monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", 10)
+    with pytest.raises(ValueError, match=r"a\.png cannot be read as an image"):
+        load_image(tmp_path / "a.png", 8)

@@ -18,7 +18,10 @@ def samples(tmp_path):
     return find_samples(save_images(tmp_path / "data"))
 
 
-def make_encoder(log: list, identity: dict | None = None) -> Encoder:
+IDENTITY = {"model": "a"}
+
+
+def make_encoder(log: list) -> Encoder:
     def prompts(captions):
         log.extend(captions)
         lengths = [len(c) for c in captions]
@@ -27,13 +30,13 @@ def make_encoder(log: list, identity: dict | None = None) -> Encoder:
             tokens[i] = len(c)
         return dict(encoder_hidden_states=tokens, mask=torch.ones(tokens.shape[:2], dtype=torch.long))
 
-    return Encoder(lambda pixels: pixels.mean(dim=1, keepdim=True), prompts, identity or {"model": "a"}, 8)
+    return Encoder(lambda pixels: pixels.mean(dim=1, keepdim=True), prompts, 8)
 
 
 def test_each_is_computed_once_and_again_if_damaged(samples, tmp_path):
-    log, encoder = [], None
+    log = []
     encoder = make_encoder(log)
-    cache = EncodingCache(tmp_path / "cache", encoder.identity)
+    cache = EncodingCache(tmp_path / "cache", IDENTITY)
     assert cache.missing(samples) == [None, *samples]
     cache.fill(samples, encoder)
     assert sorted(log) == ["", *(s.caption for s in samples)] and cache.missing(samples) == []
@@ -60,14 +63,14 @@ def test_another_image_caption_model_or_size_is_another_encoding(samples, tmp_pa
         other = EncodingCache(tmp_path / "cache", identity)
         assert other.path(samples[0]) != path and other.path(None) != empty
     samples[0].image.write_bytes(samples[1].image.read_bytes())
-    assert cache.path(samples[0]) != path
+    assert EncodingCache(cache.folder, {"model": "a", "resolution": 8}).path(samples[0]) != path
 
 
 @pytest.mark.parametrize("name", ["save_file", "flush"])
 def test_a_full_disk_keeps_what_was_there(samples, tmp_path, monkeypatch, name):
     log = []
     encoder = make_encoder(log)
-    cache = EncodingCache(tmp_path / "cache", encoder.identity)
+    cache = EncodingCache(tmp_path / "cache", IDENTITY)
     original, calls = getattr(encodings, name), []
 
     def full(*args):
@@ -87,7 +90,7 @@ def test_a_full_disk_keeps_what_was_there(samples, tmp_path, monkeypatch, name):
 
 def test_batches_depend_on_the_generator_alone_and_drop_prompts(samples, tmp_path):
     encoder = make_encoder([])
-    cache = EncodingCache(tmp_path / "cache", encoder.identity)
+    cache = EncodingCache(tmp_path / "cache", IDENTITY)
     cache.fill(samples, encoder, batch_size=1)
     source = CachedSource(cache, samples, prompt_dropout=0.25)
     first, second = (source(64, torch.Generator().manual_seed(5)) for _ in range(2))
@@ -105,7 +108,7 @@ def test_batches_depend_on_the_generator_alone_and_drop_prompts(samples, tmp_pat
 
 def test_a_damaged_encoding_in_the_middle_of_a_run_is_named(samples, tmp_path):
     encoder = make_encoder([])
-    cache = EncodingCache(tmp_path / "cache", encoder.identity)
+    cache = EncodingCache(tmp_path / "cache", IDENTITY)
     with pytest.raises(ValueError, match="missing or damaged; start again"):
         CachedSource(cache, samples, 0.0)
     cache.fill(samples, encoder)
@@ -114,3 +117,31 @@ def test_a_damaged_encoding_in_the_middle_of_a_run_is_named(samples, tmp_path):
         cache.path(sample).write_bytes(b"x")
     with pytest.raises(ValueError, match="missing or damaged; start again"):
         source(1, torch.Generator())
+
+
+def test_batches_are_the_same_whatever_is_missing_and_whoever_computes_them(samples, tmp_path, monkeypatch):
+    def encoder(log):
+        def images(pixels):
+            log.append(len(pixels))
+            return pixels.mean(dim=1, keepdim=True) + pixels.mean()  # depends on the batch, as the last bits do
+
+        return Encoder(images, make_encoder([]).prompts, 8)
+
+    def content(folder):
+        return {path.name: path.read_bytes() for path in folder.iterdir()}
+
+    whole, log = EncodingCache(tmp_path / "whole", IDENTITY), []
+    whole.fill(samples, encoder(log), batch_size=4)
+    assert log == [4, 2]
+    parts, log = EncodingCache(tmp_path / "parts", IDENTITY), []
+    parts.fill(samples, encoder(log), batch_size=4)
+    for i in (1, 2, 5):
+        parts.path(samples[i]).unlink()
+    parts.fill(samples, encoder(log), batch_size=4)
+    assert log == [4, 2, 4, 2] and content(tmp_path / "parts") == content(tmp_path / "whole")
+    many = EncodingCache(tmp_path / "many", IDENTITY)
+    monkeypatch.setattr(encodings, "world", lambda: 2)
+    for rank in (1, 0):  # the second process is faster
+        monkeypatch.setattr(encodings, "rank", lambda rank=rank: rank)
+        many.fill(samples, encoder([]), batch_size=4)
+    assert content(tmp_path / "many") == content(tmp_path / "whole")

@@ -1,9 +1,12 @@
 """``shiva train`` from a pipeline's folder and a folder of images to an artefact that can be enabled."""
 
 import json
+import os
+import shutil
 
 import pytest
 import torch
+import torch.multiprocessing as mp
 import yaml
 from diffusers import StableDiffusion3Pipeline
 from PIL import Image
@@ -14,6 +17,7 @@ from shiva_ext.training import checkpoint
 from shiva_ext.training.config import TrainConfig, read_config
 from shiva_ext.training.fit import fit, load_pipeline
 
+from .test_processes import free_port
 from .tiny_pipeline import SIDE, save_images, save_pipeline
 
 SETTINGS = dict(
@@ -93,7 +97,7 @@ def test_encodings_are_computed_once_and_without_them_no_encoder_runs(model, dat
     fit(str(model), data, out, CONFIG)
     files = {path: path.stat().st_mtime_ns for path in (out / "encodings").iterdir()}
     assert len(files) == 7  # six images and the empty prompt
-    (out / "run.json").unlink()
+    shutil.rmtree(out / "checkpoints")
     monkeypatch.setattr(StableDiffusion3Pipeline, "encode_prompt", lambda *a, **k: pytest.fail("encoded again"))
     fit(str(model), data, out, CONFIG)
     assert {path: path.stat().st_mtime_ns for path in (out / "encodings").iterdir()} == files
@@ -104,12 +108,61 @@ def test_encodings_are_computed_once_and_without_them_no_encoder_runs(model, dat
     [
         (dict(budget=0.6), "'budget': 0.5"),
         (dict(seed=3), "is another one: config"),
+        ("image", "is another one: digest"),
     ],
 )
 def test_resume_with_other_settings_is_refused(model, data, tmp_path, change, message):
     fit(str(model), data, tmp_path / "out", CONFIG)
+    if change == "image":
+        change = {}
+        (data / "3.txt").write_text("another caption")
     with pytest.raises(ValueError, match=message):
         fit(str(model), data, tmp_path / "out", TrainConfig(**{**SETTINGS, **change}), resume=True)
+
+
+def test_settings_that_do_not_touch_the_result_may_change(model, data, tmp_path):
+    fit(str(model), data, tmp_path / "out", CONFIG)
+    other = TrainConfig(**{**SETTINGS, "log_every": 2, "sample_every": 0, "keep_checkpoints": 5})
+    fit(str(model), data, tmp_path / "out", other, resume=True)
+
+
+def test_a_mistake_that_is_mended_does_not_need_another_folder(model, data, tmp_path, capsys):
+    out = tmp_path / "out"
+    (data / "5.png").write_bytes(b"no image")
+    assert main(options(model, data, out, **SETTINGS)) == 1
+    for path in data.glob("5.*"):
+        path.unlink()
+    assert main(options(model, data, out, **SETTINGS | {"budget": 0.6})) == 0
+
+
+def test_adapters_are_float32_and_their_magnitudes_move(model, data, tmp_path):
+    settings = SETTINGS | dict(router_steps=0, policy_steps=0, joint_steps=3, lr_adapter=1e-4, warmup=0)
+    out = fit(str(model), data, tmp_path / "out", TrainConfig(**settings))
+    first, _ = checkpoint.read(checkpoint.steps(out / "checkpoints")[0])
+    last, _ = checkpoint.read(checkpoint.steps(out / "checkpoints")[-1])
+    names = [name for name in last if name.startswith("adapter.") and "magnitude" in name]
+    assert names and all(last[name].dtype == torch.float32 for name in names)
+    assert all(not torch.equal(first[name], last[name]) for name in names if last[f"{name}"].numel())
+
+
+def worker(rank: int, port: int, *arguments) -> None:
+    os.environ |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port), "GLOO_SOCKET_IFNAME": "lo"}
+    os.environ |= {"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": "2", "ACCELERATE_USE_CPU": "true"}
+    torch.set_num_threads(1)
+    fit(*arguments)
+
+
+def test_two_processes_make_one_artefact_and_end_well(model, data, tmp_path):
+    config = TrainConfig(**SETTINGS)
+    out = tmp_path / "out"
+    mp.start_processes(worker, (free_port(), str(model), data, out, config), nprocs=2, start_method="spawn")
+    one = fit(str(model), data, tmp_path / "one", config)
+    assert {p.name for p in (out / "encodings").iterdir()} == {p.name for p in (one / "encodings").iterdir()}
+    assert (out / "report.html").is_file() and len(list((out / "samples").iterdir())) == 2
+    got, wanted = (json.loads((folder / "config.json").read_text())["metadata"]["history"] for folder in (out, one))
+    for a, b in zip(got, wanted, strict=True):
+        assert a["stage"] == b["stage"] and a["diffusion"] == pytest.approx(b["diffusion"], rel=1e-2)  # bfloat16
+    assert shiva_ext.load(out).table.mean() == pytest.approx(0.5, abs=1 / 64)
 
 
 def test_what_is_wrong_is_one_line(model, data, tmp_path, capsys):
@@ -119,6 +172,7 @@ def test_what_is_wrong_is_one_line(model, data, tmp_path, capsys):
         (options(model, tmp_path / "nowhere", tmp_path / "b"), "is not a folder"),
         (options(tmp_path, data, tmp_path / "c"), "could not be loaded as a diffusers pipeline"),
         (options(model, data, tmp_path / "d", budget=1.5), "budget is 1.5"),
+        (options(model, data, tmp_path / "g", resolution=15), "resolution is 15, wanted a multiple of 2 pixels"),
         (options(model, data, tmp_path / "e", config=tmp_path / "no.yaml"), "there is no settings file"),
     ]
     for arguments, message in cases:
@@ -136,7 +190,7 @@ def test_a_corrupt_image_is_named_and_the_others_encodings_are_kept(model, data,
 
 
 def test_print_config_shows_every_setting_as_yaml_that_can_be_read_back(tmp_path, capsys):
-    (tmp_path / "a.yaml").write_text("budget: 0.5\nlr_router: 1\n")
+    (tmp_path / "a.yaml").write_text("budget: 0.5\nlr_router: 1\nlr_policy: 1e-4\n")
     assert main(["train", "--config", str(tmp_path / "a.yaml"), "--budget", "0.7", "--print-config"]) == 0
     text = capsys.readouterr().out
     values = yaml.safe_load(text)
@@ -149,6 +203,7 @@ def test_print_config_shows_every_setting_as_yaml_that_can_be_read_back(tmp_path
     "text, message",
     [
         ("budgets: 0.5", "unknown setting 'budgets'"),
+        ("lr_router: 1e-x", "wanted a float"),
         ("budget: high", r"the setting budget is 'high' \(str\), wanted a float"),
         ("batch_size: 2.5", "wanted a int"),
         ("share_selection: 1", "wanted a bool"),

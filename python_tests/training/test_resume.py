@@ -13,6 +13,7 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from shiva_ext.training import checkpoint
+from shiva_ext.training.display import PlainDisplay
 
 from .runs import everything, finish, losses, make_trainer, next_batch
 
@@ -190,6 +191,7 @@ def nan_at(steps):
 
 def test_a_step_without_a_finite_loss_is_skipped_and_told(capsys):
     trainer = make_trainer(nan_at({1, 6, 9}))
+    trainer.display = PlainDisplay()
     trainer.run()
     assert all(value.isfinite().all() for value in everything(trainer).values())
     text = capsys.readouterr().err
@@ -219,3 +221,19 @@ def test_too_many_in_a_row_stop_the_run_and_keep_the_last_checkpoint(tmp_path):
     assert checkpoint.latest(tmp_path)[1]["step"] in (4, 7)
     got = checkpoint.latest(tmp_path)[0]
     assert all(value.isfinite().all() for value in got.values())
+
+
+def test_a_folder_with_a_run_is_not_started_in_again(tmp_path):
+    finish(tmp_path)
+    with pytest.raises(ValueError, match="holds a run already; resume it"):
+        make_trainer().run(tmp_path)
+
+
+def test_scores_that_are_not_finite_are_a_bad_step_and_the_pass_goes_on_to_its_end():
+    trainer = make_trainer(max_bad_steps=0)
+    torch.nn.init.constant_(next(trainer.router.parameters()), float("nan"))
+    calls = []
+    trainer.transformer.transformer_blocks[-1].register_forward_hook(lambda *args: calls.append(1))
+    with pytest.raises(FloatingPointError, match="no finite gradient"):
+        trainer.run_stage("router", 1)
+    assert len(calls) == 2 * 4  # teacher and student, four micro-batches: no process is left waiting

@@ -21,6 +21,7 @@ class FluxAdapter(ModelAdapter):
 
     model_class = "FluxTransformer2DModel"
     image_output = 1
+    guides_in_batch = False
 
     def blocks(self, transformer: nn.Module) -> list[nn.Module]:
         return [*transformer.transformer_blocks, *transformer.single_transformer_blocks]

@@ -120,28 +120,28 @@ FORMS = {
         adaptive_norm="norm1",
         layer_norms=("norm1.norm", "norm2"),
         expects={},
-        written_for=frozenset({"30ef35296dcdd6c3", "261f3bd33e61f0e6"}),  # with one attention, with two
+        written_for=frozenset({"c40654b3af216c8f", "cb41454c909f1e8e"}),  # with one attention, with two
     ),
     "FluxTransformerBlock": FusedForm(
         run=flux_block,
         adaptive_norm="norm1",
         layer_norms=("norm1.norm", "norm2"),
         expects={},
-        written_for=frozenset({"286503977b8cd946"}),
+        written_for=frozenset({"57dc71122f69da22"}),
     ),
     "FluxSingleTransformerBlock": FusedForm(
         run=flux_single_block,
         adaptive_norm="norm",
         layer_norms=("norm.norm",),
         expects={},
-        written_for=frozenset({"823b146d7b3e758d"}),
+        written_for=frozenset({"b2525902460cc1c0"}),
     ),
     "BasicTransformerBlock": FusedForm(
         run=pixart_block,
         adaptive_norm=None,
         layer_norms=("norm1", "norm2"),
         expects={"norm_type": "ada_norm_single", "pos_embed": None, "only_cross_attention": False},
-        written_for=frozenset({"b70d124dbd9dcbba"}),
+        written_for=frozenset({"fae281bd5a05a865"}),
     ),
 }
 
@@ -155,13 +155,20 @@ def fingerprint(*classes: type) -> str:
         return ""
     for tree in trees:
         for node in ast.walk(tree):
-            if isinstance(node, ast.FunctionDef):
-                node.returns = None
-                if ast.get_docstring(node) is not None:
-                    node.body = node.body[1:] or [ast.Pass()]
-            elif isinstance(node, ast.arg):
-                node.annotation = None
-    return hashlib.sha256("\n".join(map(ast.unparse, trees)).encode()).hexdigest()[:16]
+            if isinstance(node, ast.FunctionDef) and ast.get_docstring(node) is not None:
+                node.body = node.body[1:]
+    return hashlib.sha256(repr(_meaning(trees)).encode()).hexdigest()[:16]
+
+
+def _meaning(node):
+    """A syntax tree as nested tuples, without annotations and without what differs between versions of Python."""
+    if isinstance(node, list):
+        return [_meaning(each) for each in node]
+    if not isinstance(node, ast.AST):
+        return node
+    skipped = ("annotation", "returns", "ctx", "kind", "type_comment", "type_params")
+    fields = [(name, value) for name, value in ast.iter_fields(node) if name not in skipped]
+    return (type(node).__name__, *((name, _meaning(value)) for name, value in fields if value is not None))
 
 
 def find_form(block: nn.Module) -> FusedForm | str:
@@ -176,15 +183,13 @@ def find_form(block: nn.Module) -> FusedForm | str:
     restated = (cls,) if form.adaptive_norm is None else (cls, type(block.get_submodule(form.adaptive_norm)))
     if fingerprint(*restated) not in form.written_for:
         return f"the installed diffusers has another {' or '.join(c.__name__ for c in restated)}"
-    for name in form.layer_norms:
-        norm = block.get_submodule(name)
-        if type(norm) is not nn.LayerNorm or norm.weight is not None or norm.bias is not None:
-            return f"{name} is not a LayerNorm without weights"
     return form
 
 
 def why_not(block: nn.Module, form: FusedForm, forward: Callable, arguments: dict) -> str | None:
     """The reason why a call of the block must be wrapped although it has a fused form; None if there is none.
+
+    What was found at the start is looked at again where it can be replaced later.
 
     Args:
         forward: what the hook would call; another hook may be below it.
@@ -194,6 +199,10 @@ def why_not(block: nn.Module, form: FusedForm, forward: Callable, arguments: dic
         return "another hook changes the block's forward"
     if getattr(block, "_chunk_size", None) is not None:
         return "its feed-forward is cut in chunks"
+    for name in form.layer_norms:
+        norm = block.get_submodule(name)
+        if type(norm) is not nn.LayerNorm or norm.weight is not None or norm.bias is not None:
+            return f"{name} is not a LayerNorm without weights"
     for name in (form.adaptive_norm, *form.layer_norms):
         module = None if name is None else block.get_submodule(name)
         if module is not None and (module._forward_hooks or module._forward_pre_hooks or "forward" in vars(module)):
@@ -202,7 +211,7 @@ def why_not(block: nn.Module, form: FusedForm, forward: Callable, arguments: dic
         return "an IP-Adapter adds to its output"
     if form.run is pixart_block and (arguments.get("cross_attention_kwargs") or {}).get("gligen") is not None:
         return "GLIGEN adds to its attention"
-    x = arguments.get("hidden_states")
-    if form.run is flux_single_block and x is not None and x.dtype == torch.float16:
+    x = arguments.get("hidden_states", block.norm.linear.weight if form.run is flux_single_block else None)
+    if form.run is flux_single_block and x.dtype == torch.float16:
         return "its float16 output is clipped"
     return None

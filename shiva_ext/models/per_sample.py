@@ -19,12 +19,14 @@ def each_sample(
         run: gets the arguments of one sample and its kept tokens [1,k].
         arguments: of the block, by name.
         kept: [B,k].
-        split: names of the arguments whose rows belong to samples; B rows, or a multiple of it in as many halves.
+        split: names of the arguments whose rows belong to samples; B rows, or a multiple of it in as many halves. A
+            single row is for all of them.
         own: further arguments of sample b.
     """
     B = len(kept)
     outputs = []
     for b in range(B):
-        rows = {name: arguments[name][b::B] for name in split if arguments.get(name) is not None}
+        given = {name: arguments[name] for name in split if arguments.get(name) is not None}
+        rows = {name: value if len(value) == 1 else value[b::B] for name, value in given.items()}
         outputs.append(run({**arguments, **rows, **own(b)}, kept[b : b + 1]))
     return outputs[0] if B == 1 else tuple(torch.cat(parts) for parts in zip(*outputs, strict=True))

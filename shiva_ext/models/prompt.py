@@ -12,5 +12,6 @@ def mean_token(prompt: Tensor, mask: Tensor | None) -> Tensor:
     """
     if mask is None:
         return prompt.mean(dim=1)
-    counts = (mask if mask.ndim == 2 else mask.squeeze(1) >= 0).to(prompt.dtype)
-    return torch.einsum("btj,bt->bj", prompt, counts) / counts.sum(dim=1, keepdim=True).clamp(min=1)
+    counts = (mask if mask.ndim == 2 else mask.squeeze(1) >= 0).float()
+    total = torch.einsum("btj,bt->bj", prompt.float(), counts)  # a sum may be too large for float16
+    return (total / counts.sum(dim=1, keepdim=True).clamp(min=1)).to(prompt.dtype)

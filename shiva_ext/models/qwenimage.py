@@ -50,9 +50,11 @@ class QwenImageAdapter(ModelAdapter):
             return forward(**arguments)
         table = torch.view_as_real(tables[0]).flatten(1).contiguous()  # [N,d]; the gather knows no complex numbers
         rows = torch.view_as_complex(ops.token_gather(table, kept).unflatten(2, (-1, 2)))  # [B,k,d/2]
-        modulation = arguments.get("modulate_index")  # [B,N]: which of two timesteps a token has
+        modulation = arguments.get("modulate_index")  # [B,N] or [1,N]: which of two timesteps a token has
         if modulation is not None:
-            arguments["modulate_index"] = modulation.gather(1, kept)
+            arguments["modulate_index"] = modulation.expand(len(kept), -1).gather(1, kept)
+            if len(arguments["temb"]) == 2:  # one timestep of each kind for all samples
+                arguments["temb"] = arguments["temb"].repeat_interleave(len(kept), dim=0)
         split = (self.image_argument, "encoder_hidden_states", "encoder_hidden_states_mask", "temb", "modulate_index")
         return each_sample(
             lambda own, _: forward(**own), arguments, kept, split, lambda b: {"image_rotary_emb": (rows[b], tables[1])}

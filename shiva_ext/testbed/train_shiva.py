@@ -58,7 +58,10 @@ def train(
     transformer, prompts = load_model(dense_model)
     source, display = batch_source(prompts, config.prompt_dropout, data_dir), make_display(True)
     trainer = ShivaTrainer(transformer, config, source, dense=control, display=display)
-    trainer.run(Path(out) / "checkpoints", resume)
-    trainer.export(out)
-    trainer.close()
+    try:
+        trainer.run(Path(out) / "checkpoints", resume)
+        trainer.export(out)
+    finally:
+        display.close()
+        trainer.close()
     return Path(out)

@@ -65,7 +65,7 @@ def write(folder: Path, step: int, tensors: dict[str, Tensor], record: dict, kee
             f"shiva_ext: the checkpoint of step {step} could not be written to {folder} ({error}); earlier ones are "
             "whole: make room and start again with --resume"
         ) from error
-    for old in steps(folder)[:-keep]:
+    for old in [path for path in steps(folder) if path != target][: -keep + 1 or None]:
         shutil.rmtree(old, ignore_errors=True)
     return target
 

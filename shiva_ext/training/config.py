@@ -1,5 +1,6 @@
 """Every number of a training run, in one place."""
 
+import math
 import os
 from dataclasses import dataclass, fields
 from pathlib import Path
@@ -109,6 +110,26 @@ class TrainConfig:
             )
 
 
+# Settings that another run of the same training may change: they do not touch its result.
+FREE = (
+    "sharding",
+    "log_every",
+    "sample_every",
+    "sample_count",
+    "tracker",
+    "checkpoint_every",
+    "keep_checkpoints",
+    "max_bad_steps",
+)
+
+
+def _is_number(text: str) -> bool:
+    try:
+        return math.isfinite(float(text))
+    except ValueError:
+        return False
+
+
 def read_config(path: str | os.PathLike | None = None, **overrides) -> TrainConfig:
     """Settings from a YAML file (``budget: 0.5`` and so on) and, before those, from arguments.
 
@@ -132,8 +153,8 @@ def read_config(path: str | os.PathLike | None = None, **overrides) -> TrainConf
         if name not in known:
             raise ValueError(f"shiva_ext: unknown setting {name!r}; wanted some of {', '.join(known)}")
         wanted = known[name]
-        if wanted is float and type(value) is int:
-            values[name] = float(value)
+        if wanted is float and (type(value) is int or (isinstance(value, str) and _is_number(value))):
+            values[name] = float(value)  # YAML takes 1e-4 for text
         elif type(value) is not wanted:
             raise ValueError(
                 f"shiva_ext: the setting {name} is {value!r} ({type(value).__name__}), wanted a {wanted.__name__}"

@@ -6,7 +6,7 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from PIL import Image, UnidentifiedImageError
+from PIL import Image, ImageOps, UnidentifiedImageError
 from torch import Tensor
 
 IMAGES = (".png", ".jpg", ".jpeg", ".webp", ".bmp")
@@ -73,7 +73,13 @@ def _listed(folder: Path) -> list[Sample]:
 
 def _beside(folder: Path) -> list[Sample]:
     files = sorted(path for path in folder.rglob("*") if path.is_file() and not path.name.startswith("."))
-    images = {path.with_suffix(""): path for path in files if path.suffix.lower() in IMAGES}
+    images: dict[Path, Path] = {}
+    for path in files:
+        if path.suffix.lower() in IMAGES and images.setdefault(path.with_suffix(""), path) != path:
+            raise ValueError(
+                f"shiva_ext: {path.name} and {images[path.with_suffix('')].name} in {path.parent} would share a "
+                "caption; rename one"
+            )
     captions = {path.with_suffix(""): path for path in files if path.suffix.lower() == ".txt"}
     for kind, have, other, wanted in (
         ("captions without an image", captions, images, "an image"),
@@ -97,8 +103,8 @@ def load_image(path: Path, side: int) -> Tensor:
     """
     try:
         with Image.open(path) as file:
-            image = file.convert("RGB")
-    except (OSError, UnidentifiedImageError, SyntaxError, ValueError) as error:
+            image = ImageOps.exif_transpose(file).convert("RGB")
+    except (OSError, UnidentifiedImageError, Image.DecompressionBombError, SyntaxError, ValueError) as error:
         raise ValueError(f"shiva_ext: {path} cannot be read as an image ({error}); mend or remove it") from error
     short = min(image.size)
     left, top = (image.width - short) // 2, (image.height - short) // 2

@@ -46,7 +46,8 @@ class PlainDisplay:
 
     def warn(self, text: str) -> None:
         """Something went wrong that the run survives."""
-        print(f"shiva: {text}", file=sys.stderr, flush=True)
+        if not self.quiet:
+            print(f"shiva: {text}", file=sys.stderr, flush=True)
 
     def close(self) -> None:
         """The run is over."""

@@ -38,13 +38,11 @@ class Encoder:
     Attributes:
         images: [B,3,S,S] in [-1, 1] -> latents [B,...].
         prompts: captions -> conditions, each [B,...].
-        identity: everything that the results depend on, such as model, revision and resolution, as JSON values.
         resolution: S.
     """
 
     images: Callable[[Tensor], Tensor]
     prompts: Callable[[list[str]], dict[str, Tensor]]
-    identity: dict
     resolution: int
 
 
@@ -52,19 +50,31 @@ class EncodingCache:
     """A folder with one file for each (image, caption, encoder), named by their hash, and one for the empty prompt.
 
     A file that is damaged or missing is computed again; files of other encoders may lie beside.
+
+    Args:
+        folder: made when it is filled.
+        identity: everything that encodings depend on besides image and caption, as JSON values.
     """
 
     def __init__(self, folder: Path, identity: dict):
         self.folder, self.identity = Path(folder), json.dumps(identity, sort_keys=True)
+        self._paths: dict[Sample, Path] = {}  # hashing an image takes time
 
     def path(self, sample: Sample | None) -> Path:
         """Where a sample's encodings are; None is the empty prompt."""
         key = hashlib.sha256(self.identity.encode())
         if sample is None:
             return self.folder / f"{_EMPTY}-{key.hexdigest()[:16]}.safetensors"
-        key.update(hashlib.sha256(sample.image.read_bytes()).digest())
-        key.update(sample.caption.encode())
-        return self.folder / f"{key.hexdigest()[:32]}.safetensors"
+        if sample not in self._paths:
+            key.update(hashlib.sha256(sample.image.read_bytes()).digest())
+            key.update(sample.caption.encode())
+            self._paths[sample] = self.folder / f"{key.hexdigest()[:32]}.safetensors"
+        return self._paths[sample]
+
+    def digest(self, samples: Sequence[Sample]) -> str:
+        """A hash of what all samples' encodings depend on."""
+        names = "".join(self.path(sample).name for sample in samples)
+        return hashlib.sha256(names.encode()).hexdigest()[:32]
 
     @staticmethod
     def read(path: Path) -> dict[str, Tensor] | None:
@@ -104,24 +114,28 @@ class EncodingCache:
     ) -> None:
         """Compute what is missing; several processes share the work.
 
+        The samples go through the encoder in the same batches, however many are missing and whoever computes them, as
+        the last bits depend on the batch; captions go through one by one: some encoders fill them up to the longest.
+
         Raises:
             ValueError: an image cannot be read.
             OSError: the disk is full.
         """
         self.folder.mkdir(parents=True, exist_ok=True)
-        missing = self.missing(samples)[rank() :: world()]
-        if None in missing:
-            conditions = encoder.prompts([""])
-            self._write(self.path(None), {name: value[0] for name, value in conditions.items()})
-            missing.remove(None)
-        for start in range(0, len(missing), batch_size):
-            part = missing[start : start + batch_size]
-            pixels = torch.stack([load_image(sample.image, encoder.resolution) for sample in part])
-            latents, conditions = encoder.images(pixels), encoder.prompts([sample.caption for sample in part])
-            for i, sample in enumerate(part):
-                own = {name: value[i] for name, value in conditions.items()}
-                self._write(self.path(sample), {_LATENTS: latents[i], **own})
-            progress(start + len(part), len(missing))
+        if rank() == 0 and self.read(self.path(None)) is None:
+            self._write(self.path(None), {name: value[0] for name, value in encoder.prompts([""]).items()})
+        starts = range(0, len(samples), batch_size)[rank() :: world()]
+        for start in starts:
+            part = samples[start : start + batch_size]
+            missing = [sample for sample in part if self.read(self.path(sample)) is None]
+            if missing:
+                pixels = torch.stack([load_image(sample.image, encoder.resolution) for sample in part])
+                latents = encoder.images(pixels)
+            for sample in missing:
+                conditions = encoder.prompts([sample.caption])
+                own = {name: value[0] for name, value in conditions.items()}
+                self._write(self.path(sample), {_LATENTS: latents[part.index(sample)], **own})
+            progress(start + len(part), len(samples))
 
 
 def _padded(values: list[Tensor]) -> Tensor:

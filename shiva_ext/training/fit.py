@@ -10,7 +10,8 @@ import torch
 from accelerate import Accelerator
 
 from .. import __version__
-from .config import TrainConfig
+from . import checkpoint
+from .config import FREE, TrainConfig
 from .data import find_samples
 from .display import make_display
 from .encodings import CachedSource, Encoder, EncodingCache
@@ -51,19 +52,20 @@ def load_pipeline(model: str, revision: str | None, dtype: torch.dtype):
 
 
 def _begin(out: Path, run: dict, resume: bool) -> None:
-    """Write what the run is; a folder that holds another run is left alone."""
+    """Write what the run is; a folder that holds checkpoints of another run is left alone."""
     path = out / RUN
-    if path.is_file():
+    if checkpoint.steps(out / "checkpoints"):
         if not resume:
             raise ValueError(f"shiva_ext: {out} holds a run already; go on with --resume, or choose another folder")
-        before = json.loads(path.read_text())
-        other = [f"{key} {before.get(key)!r} (now {run[key]!r})" for key in run if before.get(key) != run[key]]
+        before = json.loads(path.read_text()) if path.is_file() else {}
+        now = {**run, "config": {name: value for name, value in run["config"].items() if name not in FREE}}
+        before["config"] = {name: value for name, value in before.get("config", {}).items() if name not in FREE}
+        other = [f"{key} {before.get(key)!r} (now {now[key]!r})" for key in now if before.get(key) != now[key]]
         if other:
             raise ValueError(
                 f"shiva_ext: the run in {out} is another one: {', '.join(other)}; resume with the same model, data and "
                 "settings, or choose another folder"
             )
-        return
     out.mkdir(parents=True, exist_ok=True)
     path.with_suffix(".tmp").write_text(json.dumps(run, indent=1) + "\n")
     os.replace(path.with_suffix(".tmp"), path)
@@ -134,59 +136,90 @@ def fit(
         raise ValueError(
             f"shiva_ext: the tracker {config.tracker!r} is not installed; pip install {config.tracker}, or tracker ''"
         )
+    try:
+        return _fit(state, *_prepare(state, model, data, out, config, revision, resume, load), config, resume)
+    finally:
+        state.end_training()
+
+
+def _prepare(state: Accelerator, model, data, out: Path, config: TrainConfig, revision, resume: bool, load: Callable):
+    """Look at everything that can be wrong with what was asked for, before anything is written."""
+    world = state.num_processes
+    if config.micro_batches % world:
+        raise ValueError(
+            f"shiva_ext: micro_batches is {config.micro_batches}, wanted a multiple of the {world} processes"
+        )
     samples = find_samples(Path(data))
+    dtype = torch.bfloat16 if config.precision == "bf16" else torch.float32
+    pipe = load(model, revision, dtype)
+    recipe, objective = recipe_for(pipe.transformer), objective_for(pipe.scheduler)
+    _check_resolution(pipe, recipe.latent_multiple(pipe.transformer), config.resolution)
+    identity = {"model": model, "revision": revision, "resolution": config.resolution, "dtype": str(dtype)}
+    cache = EncodingCache(out / "encodings", identity)
     run = {
         "model": model,
         "revision": revision,
         "data": str(Path(data).resolve()),
         "images": len(samples),
+        "digest": cache.digest(samples),
         "config": asdict(config),
     }
     with state.main_process_first():
         if state.is_main_process:
             _begin(out, run, resume)
-    dtype = torch.bfloat16 if config.precision == "bf16" else torch.float32
-    pipe = load(model, revision, dtype)
-    transformer, recipe, objective = pipe.transformer, recipe_for(pipe.transformer), objective_for(pipe.scheduler)
-    identity = {"model": model, "revision": revision, "resolution": config.resolution, "dtype": str(dtype)}
-    cache = EncodingCache(out / "encodings", identity)
-    display = make_display(state.is_main_process)
-    if cache.missing(samples):
-        pipe.to(state.device)
-        encoder = Encoder(
-            lambda pixels: recipe.encode_images(pipe, pixels),
-            lambda captions: recipe.encode_prompts(pipe, captions),
-            identity,
-            config.resolution,
+    return pipe, recipe, objective, cache, samples, run
+
+
+def _check_resolution(pipe, latent_multiple: int, resolution: int) -> None:
+    scale = getattr(pipe, "vae_scale_factor", None) or 2 ** (len(pipe.vae.config.block_out_channels) - 1)
+    multiple = scale * latent_multiple
+    if resolution % multiple:
+        raise ValueError(
+            f"shiva_ext: resolution is {resolution}, wanted a multiple of {multiple} pixels for this model"
         )
-        cache.fill(samples, encoder, progress=display.encoding)
-    state.wait_for_everyone()
-    source = CachedSource(cache, samples, config.prompt_dropout, dtype)
-    pictures = None
-    if config.sample_every:
-        pictures = _pictures(out / "samples", pipe.vae, source, config, state.is_main_process)
-    pipe = None  # the encoders' memory is free from here on
-    if config.tracker:
-        state.init_trackers("shiva", asdict(config))
-        display.listeners.append(lambda entry: _track(state, entry, config))
-    trainer = ShivaTrainer(
-        transformer.to(state.device),
-        config,
-        source,
-        objective=objective,
-        recipe=recipe,
-        display=display,
-        after_step=pictures,
-    )
+
+
+def _fit(
+    state: Accelerator, pipe, recipe, objective, cache, samples, run: dict, config: TrainConfig, resume: bool
+) -> Path:
+    """The run itself."""
+    out, transformer, display = cache.folder.parent, pipe.transformer, make_display(state.is_main_process)
     try:
-        trainer.run(out / "checkpoints", resume)
-        probes = trainer.probe()  # by all: the weights may be shared out
-        if state.is_main_process:
-            artifact = trainer.export(out, {"model": model, "revision": revision, "shiva_ext": __version__})
-            write_report(out / "report.html", artifact, run, probes)
+        if cache.missing(samples):
+            pipe.to(state.device)
+            encoder = Encoder(
+                lambda pixels: recipe.encode_images(pipe, pixels),
+                lambda captions: recipe.encode_prompts(pipe, captions),
+                config.resolution,
+            )
+            cache.fill(samples, encoder, progress=display.encoding)
+        state.wait_for_everyone()
+        source = CachedSource(cache, samples, config.prompt_dropout, transformer.dtype)
+        pictures = None
+        if config.sample_every:
+            pictures = _pictures(out / "samples", pipe.vae, source, config, state.is_main_process)
+        encoder = pipe = None  # the encoders' memory is free from here on
+        if config.tracker:
+            state.init_trackers("shiva", asdict(config))
+            display.listeners.append(lambda entry: _track(state, entry, config))
+        trainer = ShivaTrainer(
+            transformer.to(state.device),
+            config,
+            source,
+            objective=objective,
+            recipe=recipe,
+            display=display,
+            after_step=pictures,
+        )
+        try:
+            trainer.run(out / "checkpoints", resume)
+            probes = trainer.probe()  # by all: the weights may be shared out
+            if state.is_main_process:
+                source = {"model": run["model"], "revision": run["revision"], "shiva_ext": __version__}
+                write_report(out / "report.html", trainer.export(out, source), run, probes)
+            state.wait_for_everyone()
+        finally:
+            trainer.close()
     finally:
         display.close()
-        trainer.close()
-        state.end_training()
-    state.wait_for_everyone()
     return out

@@ -1,5 +1,7 @@
 """How each family is called in training: its encoders, its inputs, and where its prediction is."""
 
+import inspect
+
 import torch
 from torch import Tensor, nn
 
@@ -28,6 +30,11 @@ class Recipe:
     def inputs(self, transformer: nn.Module, noisy: Tensor, timestep: Tensor, conditions: dict[str, Tensor]) -> dict:
         """The transformer's arguments; timestep [B] goes from 0 to 1000."""
         return dict(hidden_states=noisy, timestep=timestep, **conditions)
+
+    def latent_multiple(self, transformer: nn.Module) -> int:
+        """What the sides of the latents must be multiples of."""
+        patch = transformer.config.patch_size
+        return patch if isinstance(patch, int) else patch[-1]
 
     def prediction(self, output: Tensor, noisy: Tensor) -> Tensor:
         """The part of the transformer's output that has the shape of the noisy latents; the rest is variance."""
@@ -59,6 +66,9 @@ class FluxRecipe(Recipe):
         tokens, pooled, _ = pipe.encode_prompt(captions, captions)
         return dict(encoder_hidden_states=tokens, pooled_projections=pooled)
 
+    def latent_multiple(self, transformer):
+        return 2
+
     def inputs(self, transformer, noisy, timestep, conditions):
         B, _, H, W = noisy.shape
         rows, columns = torch.meshgrid(torch.arange(H // 2), torch.arange(W // 2), indexing="ij")
@@ -80,7 +90,7 @@ class FluxRecipe(Recipe):
 
 class PixArtRecipe(Recipe):
     def encode_prompts(self, pipe, captions):
-        tokens, mask, _, _ = pipe.encode_prompt(captions, do_classifier_free_guidance=False)
+        tokens, mask, _, _ = pipe.encode_prompt(captions, do_classifier_free_guidance=False, clean_caption=True)
         return dict(encoder_hidden_states=tokens, encoder_attention_mask=mask)
 
     def inputs(self, transformer, noisy, timestep, conditions):
@@ -112,7 +122,12 @@ class SanaRecipe(Recipe):
         return vae.encode(pixels.to(vae.device, vae.dtype)).latent * vae.config.scaling_factor
 
     def encode_prompts(self, pipe, captions):
-        tokens, mask, _, _ = pipe.encode_prompt(captions, do_classifier_free_guidance=False)
+        """With the instruction that the pipeline puts before a prompt, and not before the empty one."""
+        default = inspect.signature(type(pipe).__call__).parameters.get("complex_human_instruction")
+        instruction = None if default is None or not all(captions) else default.default
+        tokens, mask, _, _ = pipe.encode_prompt(
+            captions, do_classifier_free_guidance=False, complex_human_instruction=instruction
+        )
         return dict(encoder_hidden_states=tokens, encoder_attention_mask=mask)
 
     def inputs(self, transformer, noisy, timestep, conditions):
@@ -164,7 +179,7 @@ class QwenImageRecipe(_VideoVae):
 
 class WanRecipe(_VideoVae):
     def encode_prompts(self, pipe, captions):
-        tokens, _ = pipe.encode_prompt(captions, do_classifier_free_guidance=False)
+        tokens, _ = pipe.encode_prompt(captions, do_classifier_free_guidance=False, max_sequence_length=512)
         return dict(encoder_hidden_states=tokens)
 
 

@@ -116,7 +116,7 @@ def write_report(path: Path, artifact: ShivaArtifact, run: dict, probes: list[di
     ]
     if history:
         parts.append("<h2>Losses</h2>" + _curves(history))
-    if probes:
+    if probes and probes[0]["scores"]:
         parts.append("<h2>Scores of the router</h2>" + _histograms(probes))
         if probes[0]["grid"] is not None:
             parts.append("<h2>Kept tokens of one image</h2><p>White is kept.</p>" + _kept_maps(probes))

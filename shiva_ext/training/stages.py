@@ -59,6 +59,7 @@ class StudentPass:
         teacher: of the same inputs, for estimators that need its updates.
 
     Attributes:
+        finite: whether all scores were.
         outputs: image tokens [B,N,D] after each hooked block, by layer.
         kept: indices [B,k] by layer.
     """
@@ -70,6 +71,7 @@ class StudentPass:
         self.scores: dict[int, tuple[int, Tensor]] = {}  # of layers that select together: the first one, and its scores
         self.outputs: dict[int, Tensor] = {}
         self.kept: dict[int, Tensor] = {}
+        self.finite = True  # whether all scores were; looked at where it costs no synchronisation
 
     def _together(self, ratios: Tensor) -> Tensor:
         """Layers that select together keep the mean of their ratios."""
@@ -86,6 +88,9 @@ class StudentPass:
         first, scores = self.scores.get(group, (layer, None))
         if first == layer:  # also when gradient checkpointing runs it again
             scores = self.state.selector.scores(layer, x.detach(), 0.0, self.state.conditioning)
+            if scores.device.type == "cpu" and not torch.isfinite(scores).all():
+                self.finite = False  # the pass goes on: other processes wait for its messages
+                scores = torch.nan_to_num(scores)
             if group is not None:  # one draw of the exploration noise for all layers of the group
                 scores = perturb(scores, self.estimator.noise_fraction, self.estimator.generator)
         if group is not None:

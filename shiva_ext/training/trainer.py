@@ -22,7 +22,7 @@ from shiva_ext.models import adapter_for
 from shiva_ext.selection import BudgetLoss, RatioPolicy, RatioTable, ShivaRouter, get_estimator
 
 from . import checkpoint
-from .config import ADAPTER_TARGETS, TrainConfig
+from .config import ADAPTER_TARGETS, FREE, TrainConfig
 from .display import PlainDisplay
 from .losses import distillation_loss, distilled_layers
 from .merged_adapters import multiply_merged
@@ -149,6 +149,8 @@ class ShivaTrainer:
         torch.manual_seed(derive_seed(self.config.seed, "adapters"))
         with unsharded(self.state.adapter.blocks(self.transformer)):  # DoRA starts from the norms of the weights
             adapter_weights.inject(self.transformer, self.lora)
+            for p in self._adapter_weights().values():
+                p.data = p.data.float()  # in bfloat16 a small step would round to none
         multiply_merged(self.transformer, adapter_weights.NAME)
 
     def _adapter_weights(self) -> dict[str, Tensor]:
@@ -216,6 +218,8 @@ class ShivaTrainer:
         )
         self.kept = {layer: index.shape[1] for layer, index in student.kept.items()}
         record = {k: v.detach() for k, v in terms.items()}
+        if not student.finite:
+            total = total + math.nan
         record["ratio"] = ratios.detach()[self.artifact.first_layer :].mean()
         return total, record
 
@@ -232,13 +236,7 @@ class ShivaTrainer:
         for part in range(rank() * share, (rank() + 1) * share):
             seed = derive_seed(config.seed, stage, step, part)
             torch.manual_seed(seed)  # of the noise on scores and ratios, which checkpointing must be able to repeat
-            try:
-                loss, record = self.loss(stage, sigmas[part], warm[part], torch.Generator().manual_seed(seed))
-            except ValueError as error:
-                if not str(error).startswith("soft_rank: scores holds"):
-                    raise
-                finite = False
-                continue
+            loss, record = self.loss(stage, sigmas[part], warm[part], torch.Generator().manual_seed(seed))
             (loss / share).backward()
             finite = finite and bool(torch.isfinite(loss))
             records.append({name: float(value) for name, value in record.items()})
@@ -317,8 +315,8 @@ class ShivaTrainer:
         text = f"step {step + 1} of the {stage} stage has no finite gradient"
         if self.bad_steps > self.config.max_bad_steps:
             raise FloatingPointError(
-                f"ShivaTrainer: {text}, nor had the {self.bad_steps - 1} before it; lower the learning rates and go on "
-                "from the last checkpoint"
+                f"ShivaTrainer: {text}, nor had the {self.bad_steps - 1} before it; start a new run with lower "
+                "learning rates (the last checkpoint is whole, but would come by the same steps again)"
             )
         self.display.warn(f"{text}: skipped ({self.bad_steps} in a row, stops after {self.config.max_bad_steps})")
 
@@ -354,7 +352,7 @@ class ShivaTrainer:
         if found is None:
             return None
         tensors, record = found
-        wanted = asdict(self.config)
+        wanted = {name: value for name, value in asdict(self.config).items() if name not in FREE}
         other = [f"{k} {record['config'].get(k)} (now {v})" for k, v in wanted.items() if record["config"].get(k) != v]
         if other:
             raise ValueError(
@@ -386,9 +384,12 @@ class ShivaTrainer:
                 bit for bit.
 
         Raises:
-            ValueError: the folder's run has other settings, or none of its checkpoints can be read.
+            ValueError: the folder holds a run that was not asked for or has other settings, or none of its checkpoints
+                can be read.
         """
         folder = None if checkpoints is None else Path(checkpoints)
+        if folder is not None and not resume and checkpoint.steps(folder):
+            raise ValueError(f"shiva_ext: {folder} holds a run already; resume it, or choose another folder")
         found = self._restore(folder) if resume and folder is not None and folder.exists() else None
         at, start, optimizer = found or (STAGES[0], 0, None)
         started = time.monotonic()
@@ -417,11 +418,12 @@ class ShivaTrainer:
                 self.state.recording, self.state.records = True, []
                 self.transformer(**inputs, return_dict=False)
                 kept = self.state.records[0]["kept"]
+            scores = {layer: value.float().cpu() for layer, value in listener.seen.items()}
             height, width = noisy.shape[-2:]
             tokens = next(iter(listener.seen.values())).shape[1] if listener.seen else 0
             patch = math.isqrt(height * width // tokens) if tokens else 0
             grid = (height // patch, width // patch) if patch and height * width == tokens * patch**2 else None
-            found.append({"sigma": sigma, "grid": grid, "scores": listener.seen, "kept": kept})
+            found.append({"sigma": sigma, "grid": grid, "scores": scores, "kept": kept})
         return found
 
     @contextmanager

@@ -1,0 +1,111 @@
+"""Selection on the second testbed: training, and how well kept tokens match what is opaque."""
+
+import os
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+import torch
+from diffusers import SD3Transformer2DModel
+from torch import Tensor
+
+import shiva_ext
+from shiva_ext.training.config import TrainConfig
+from shiva_ext.training.display import make_display
+from shiva_ext.training.trainer import Batch, ShivaTrainer
+
+from .emoji import TextEncoder, batch_source, compose, load_pictures, token_importance
+from .flow_training import flow_matching_batch
+from .train_shiva import TESTBED_CONFIG
+
+CONFIG = replace(TESTBED_CONFIG, batch_size=16, micro_batches=2, joint_steps=2000)
+
+
+def load_dense(folder: str | os.PathLike, dtype: torch.dtype = torch.float32) -> SD3Transformer2DModel:
+    """The dense model that :func:`shiva_ext.testbed.emoji.train` wrote."""
+    path = Path(folder) / "transformer"
+    if not path.is_dir():
+        raise FileNotFoundError(f"shiva_ext: there is no model in {path}; train one with 'shiva train emoji'")
+    return SD3Transformer2DModel.from_pretrained(path, torch_dtype=dtype).eval().requires_grad_(False)
+
+
+def train(config: TrainConfig, out: str | os.PathLike, dense_model: str | os.PathLike, resume: bool = False) -> Path:
+    """Train router, policy and adapters for the dense model, and write the artefact to ``out``."""
+    transformer = load_dense(dense_model)
+    source = batch_source(config.prompt_dropout)
+
+    def next_batch(count: int, generator: torch.Generator) -> Batch:
+        images, tokens, pooled = source(count, generator)
+        return Batch(images, dict(encoder_hidden_states=tokens, pooled_projections=pooled))
+
+    trainer = ShivaTrainer(transformer, config, next_batch, display=make_display(True))
+    trainer.run(Path(out) / "checkpoints", resume)
+    trainer.export(out)
+    trainer.close()
+    return Path(out)
+
+
+@dataclass(frozen=True)
+class Agreement:
+    """How kept tokens match important ones, at one noise level and layer.
+
+    Attributes:
+        sigma, layer: where.
+        ratio: share of tokens kept.
+        recall: share of the important tokens that are kept.
+        precision: share of the kept tokens that are important.
+        chance: precision of a random choice: the share of important tokens.
+    """
+
+    sigma: float
+    layer: int
+    ratio: float
+    recall: float
+    precision: float
+    chance: float
+
+
+@torch.no_grad()
+def agreement(
+    transformer: SD3Transformer2DModel,
+    source,
+    levels: tuple[float, ...] = (0.1, 0.3, 0.5, 0.7, 0.9),
+    images: int = 64,
+    seed: int = 1,
+) -> list[Agreement]:
+    """Recall and precision of a source's kept tokens against the alpha channel, by noise level and layer.
+
+    Args:
+        transformer: the dense model.
+        source: what :func:`shiva_ext.enable` takes.
+        levels: noise levels.
+        images: pictures, noised to each level.
+        seed: of the pictures and the noise.
+    """
+    pictures, captions = load_pictures()
+    generator = torch.Generator().manual_seed(seed)
+    drawn = torch.randint(len(pictures), (images,), generator=generator)
+    pixels, alpha = compose(pictures[drawn], generator)
+    important = token_importance(alpha)
+    tokens, pooled = TextEncoder().encode([captions[i] for i in drawn])
+    found = []
+    with shiva_ext.enable(transformer, source, batched_guidance=False) as handle:
+        for sigma in levels:
+            noisy, _ = flow_matching_batch(pixels, torch.full((images,), sigma), generator)
+            handle.record()
+            transformer(noisy, tokens, pooled, torch.full((images,), 1000 * sigma), return_dict=False)
+            for layer, kept in handle.records[0]["kept"].items():
+                found.append(_compare(sigma, layer, kept, important))
+    return found
+
+
+def _compare(sigma: float, layer: int, kept: Tensor, important: Tensor) -> Agreement:
+    hits = important.gather(1, kept).sum().item()
+    total = important.sum().item()
+    return Agreement(
+        sigma,
+        layer,
+        kept.shape[1] / important.shape[1],
+        hits / max(total, 1),
+        hits / kept.numel(),
+        total / important.numel(),
+    )
