@@ -22,7 +22,7 @@ from .flow_training import DenseConfig, train_flow
 
 SIDE, PATCH = 64, 4
 PROMPT_TOKENS, PROMPT_DIM = 12, 256
-CONFIG = DenseConfig(steps=30000, batch_size=32, lr=1e-3, warmup=500, decay=0.5, ema=0.9995)
+CONFIG = DenseConfig(steps=6000, batch_size=32, lr=1e-3, warmup=300, decay=0.5, ema=0.9995)
 TRANSFORMER_CONFIG = dict(
     sample_size=SIDE,
     patch_size=PATCH,
