@@ -1,6 +1,7 @@
 """Artefacts on disk: bit-exact round trips, and clear errors for anything else."""
 
 import json
+import warnings
 
 import pytest
 import torch
@@ -175,3 +176,34 @@ def test_an_artefact_that_promises_an_adapter_must_have_it(tmp_path, model):
     assert_unchanged(model, before)
     with torch.no_grad(), shiva_ext.enable(model, tmp_path, adapter=False):
         model(**make_inputs())
+
+
+def test_a_path_in_an_artefact_leads_nowhere_else(tmp_path, model):
+    outside = tmp_path / "outside"
+    outside.mkdir()
+    (outside / "adapter_config.json").write_text("{}")
+    folder = write(tmp_path / "artefact")
+    config = json.loads((folder / "config.json").read_text()) | {"adapter": "../outside"}
+    (folder / "config.json").write_text(json.dumps(config))
+    assert shiva_ext.load(folder).adapter == folder / "adapter"
+    before = snapshot(model)
+    with pytest.raises((FileNotFoundError, ValueError), match="adapter"):
+        shiva_ext.enable(model, folder)
+    assert_unchanged(model, before)
+
+
+def test_a_hub_id_is_taken_at_its_revision_and_without_one_there_is_a_warning(tmp_path, monkeypatch):
+    folder, asked = write(tmp_path), []
+
+    def snapshot_download(name, revision, allow_patterns):
+        asked.append((name, revision, allow_patterns))
+        return str(folder)
+
+    monkeypatch.setattr("huggingface_hub.snapshot_download", snapshot_download)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        assert shiva_ext.load("someone/sd35-shiva@0123abc").metadata == METADATA
+    with pytest.warns(UserWarning, match="give its revision .'someone/sd35-shiva@<commit>'"):
+        shiva_ext.load("someone/sd35-shiva")
+    patterns = ["*.json", "*.safetensors"]  # nothing that could be unpickled is even downloaded
+    assert asked == [("someone/sd35-shiva", "0123abc", patterns), ("someone/sd35-shiva", None, patterns)]
