@@ -90,10 +90,12 @@ class Handle:
         self.disable()
 
 
-def find_transformer(pipe_or_transformer) -> nn.Module:
+def find_transformer(pipe_or_transformer, component: str = "transformer") -> nn.Module:
     """The denoiser of a pipeline (``.transformer``), or the module itself, out of its torch.compile wrapper."""
-    module = getattr(pipe_or_transformer, "transformer", None)
+    module = getattr(pipe_or_transformer, component, None)
     if module is None:
+        if component != "transformer":
+            raise ValueError(f"shiva_ext: {type(pipe_or_transformer).__name__} has no component {component!r}")
         module = pipe_or_transformer
     if not isinstance(module, nn.Module):
         raise TypeError(
@@ -181,6 +183,7 @@ def enable(
     batched_guidance: bool | None = None,
     adapter: bool = True,
     fused: bool = True,
+    component: str = "transformer",
 ) -> Handle:
     """Make a model process only the tokens that matter.
 
@@ -212,6 +215,8 @@ def enable(
         fused: run blocks whose class is known in a form that gathers and normalises, and gates and scatters, in one
             pass each; equal to the wrapped block within rounding. :func:`summary` names blocks that run wrapped anyway,
             and why. False wraps every block.
+        component: which of a pipeline's models; those that have two, such as Wan 2.2's, call the second one
+            ``transformer_2``, and each wants an artefact of its own. :func:`disable` restores both.
 
     Returns:
         A :class:`Handle`; use it as a context manager to disable at the end. Enabling again replaces what was enabled.
@@ -221,18 +226,19 @@ def enable(
         ValueError: the artefact does not fit the model, or an argument is out of range.
         RuntimeError: no block was hooked.
     """
-    transformer = find_transformer(pipe_or_transformer)
-    if getattr(pipe_or_transformer, "transformer_2", None) is not None:
+    transformer = find_transformer(pipe_or_transformer, component)
+    second = getattr(pipe_or_transformer, "transformer_2", None)
+    if component == "transformer" and second is not None and not hasattr(second, _HANDLE):
         warnings.warn(
-            "shiva_ext: the pipeline has a second transformer, for its low noise levels, which stays dense; enable() "
-            "it by itself, pipe.transformer_2, where it is not compiled",
+            "shiva_ext: the pipeline has a second transformer, for its low noise levels, which stays dense until "
+            "enable(pipe, ..., component='transformer_2')",
             stacklevel=2,
         )
     for name, value in (("tile", tile), ("max_distinct_k", max_distinct_k)):
         if value is not None and value < 1:
             raise ValueError(f"shiva_ext: {name} is {value}, wanted at least 1")
     selector = _selector(source, transformer, ratio, budget, tile, sigmas, max_distinct_k, share_selection)
-    disable(transformer)
+    _disable(transformer)
     router = getattr(selector, "router", None)
     device = next(transformer.parameters()).device
     # On meta are the weights of an offloaded model.
@@ -257,8 +263,14 @@ def enable(
 
 
 def disable(pipe_or_transformer) -> None:
-    """Restore a model bit for bit; does nothing if it was not enabled."""
-    handle = getattr(find_transformer(pipe_or_transformer), _HANDLE, None)
+    """Restore a model, or all of a pipeline's, bit for bit; does nothing if it was not enabled."""
+    _disable(find_transformer(pipe_or_transformer))
+    if getattr(pipe_or_transformer, "transformer_2", None) is not None:
+        _disable(find_transformer(pipe_or_transformer, "transformer_2"))
+
+
+def _disable(transformer: nn.Module) -> None:
+    handle = getattr(transformer, _HANDLE, None)
     if handle is not None:
         handle.disable()
 

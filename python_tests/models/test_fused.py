@@ -4,14 +4,15 @@ import pytest
 import torch
 from diffusers.hooks import HookRegistry, ModelHook
 from diffusers.models.attention import JointTransformerBlock
+from diffusers.models.transformers.transformer_qwenimage import QwenImageTransformerBlock
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import shiva_ext
 from shiva_ext.models import fused
 
+from . import families, tiny
 from . import test_flux as flux
 from . import test_pixart as pixart
-from . import tiny
 
 DUAL = dict(dual_attention_layers=(0, 1, 2))
 CASES = {
@@ -24,7 +25,10 @@ CASES = {
         lambda m, **o: pixart.make_inputs(**o),
     ),
 }
+for family in ("dit", "qwenimage"):
+    CASES[family] = (families.FAMILIES[family].build, families.FAMILIES[family].inputs)
 ARTIFACTS = {"sd3": lambda m: tiny.make_artifact(tiny.varying_table()), "flux": flux.make_artifact}
+ARTIFACTS |= dict.fromkeys(("dit", "qwenimage"), lambda m: families.make_artifact(m, families.table(4)))
 ARTIFACTS["pixart"] = lambda m: pixart.make_artifact(m, pixart.table())
 
 
@@ -97,7 +101,7 @@ def test_the_gathered_tokens_are_not_written_for_nothing(name):
     with shiva_ext.enable(model, source), Ops() as ops:
         model(**inputs)
     assert "gather_modulate" in ops.names
-    if name.startswith("sd3"):
+    if name.startswith("sd3") or name == "dit":
         assert "scatter_residual" in ops.names and not {"token_gather", "token_scatter"} & set(ops.names)
     with shiva_ext.enable(model, source, fused=False), Ops() as ops:
         model(**inputs)
@@ -281,15 +285,17 @@ def test_comments_and_annotations_do_not_count():
         def forward(self, x):
             return x + 2
 
-    assert fused.fingerprint(One) == fused.fingerprint(Two) != fused.fingerprint(Three)
-    assert fused.fingerprint(One, Two) != fused.fingerprint(Two, Three)
+    one, two, three = One.forward, Two.forward, Three.forward
+    assert fused.fingerprint(one) == fused.fingerprint(two) != fused.fingerprint(three)
+    assert fused.fingerprint(one, two) != fused.fingerprint(two, three)
 
 
-def test_flux_in_float16_clips_its_output_wrapped():
-    model, source, inputs = make("flux", torch.float16)
+@pytest.mark.parametrize("name, first", [("flux", flux.DOUBLE), ("qwenimage", 1)])
+def test_a_float16_output_is_clipped_wrapped(name, first):
+    model, source, inputs = make(name, torch.float16)
     with torch.no_grad():
         _, kept, wrapped = run(model, source, inputs, fused=True)
-    assert wrapped == {layer: "its float16 output is clipped" for layer in kept if layer >= flux.DOUBLE}
+    assert wrapped == {layer: "its float16 output is clipped" for layer in kept if layer >= first}
 
 
 def test_pixart_with_weights_in_its_norms_runs_wrapped():
@@ -324,3 +330,20 @@ def test_blocks_that_leave_nothing_out_are_not_counted_as_fused():
     shiva_ext.enable(half, source)
     wrapped = shiva_ext.summary(half, num_tokens=tiny.N, steps=1).wrapped  # before any call
     assert set(wrapped.values()) == {"its float16 output is clipped"}
+
+
+def test_qwen_image_with_two_timesteps_a_sample_runs_wrapped():
+    family = families.FAMILIES["qwenimage"]
+    model = family.build(**family.configs["edit"])
+    with shiva_ext.enable(model, families.make_artifact(model)):
+        wrapped = shiva_ext.summary(model, num_tokens=family.N, steps=1).wrapped
+    assert set(wrapped.values()) == {"zero_cond_t is True"}
+
+
+def test_comments_do_not_hide_a_change_in_a_method_that_is_restated(monkeypatch):
+    original = QwenImageTransformerBlock._modulate
+    monkeypatch.setattr(QwenImageTransformerBlock, "_modulate", lambda self, *args: original(self, *args))
+    model, source, _ = make("qwenimage")
+    with shiva_ext.enable(model, source):
+        wrapped = shiva_ext.summary(model, steps=1).wrapped
+    assert set(wrapped.values()) == {"the installed diffusers has another QwenImageTransformerBlock"}

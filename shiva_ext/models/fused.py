@@ -104,53 +104,111 @@ def pixart_block(block: nn.Module, x: Tensor, kept: Tensor, arguments: dict) -> 
     return ops.token_scatter(x, kept, torch.addcmul(tokens, gate_mlp[:, None], block.ff(entry).to(x.dtype)))
 
 
+def dit_block(block: nn.Module, x: Tensor, kept: Tensor, arguments: dict) -> Tensor:
+    """``BasicTransformerBlock`` as DiT has it: the norm embeds timestep and class itself."""
+    norm, options = block.norm1, arguments.get("cross_attention_kwargs") or {}
+    temb = norm.emb(arguments["timestep"], arguments["class_labels"], hidden_dtype=x.dtype)
+    shift, scale, gate, shift_mlp, scale_mlp, gate_mlp = _modulation(norm, temb, x, 6)
+    update = block.attn1(ops.gather_modulate(x, kept, shift, scale, norm.norm.eps), **options)
+    tokens = ops.scatter_residual(x, kept, update.to(x.dtype), gate)
+    entry = ops.gather_modulate(tokens, kept, shift_mlp, scale_mlp, block.norm3.eps)
+    return ops.scatter_residual(tokens, kept, block.ff(entry).to(x.dtype), gate_mlp)
+
+
+def qwenimage_block(block: nn.Module, x: Tensor, kept: Tensor, arguments: dict):
+    """``QwenImageTransformerBlock`` with one timestep a sample."""
+    context, temb = arguments["encoder_hidden_states"], arguments["temb"]
+    shift, scale, gate, shift_mlp, scale_mlp, gate_mlp = block.img_mod(temb).to(x.dtype).chunk(6, dim=-1)
+    context_entry, context_exit = block.txt_mod(temb).chunk(2, dim=-1)
+    normed, context_gate = block._modulate(block.txt_norm1(context), context_entry)
+    update, context_update = block.attn(
+        hidden_states=ops.gather_modulate(x, kept, shift, scale, block.img_norm1.eps),
+        encoder_hidden_states=normed,
+        encoder_hidden_states_mask=arguments.get("encoder_hidden_states_mask"),
+        image_rotary_emb=arguments.get("image_rotary_emb"),
+        **(arguments.get("joint_attention_kwargs") or {}),
+    )
+    tokens = ops.scatter_residual(x, kept, update.to(x.dtype), gate)
+    entry = ops.gather_modulate(tokens, kept, shift_mlp, scale_mlp, block.img_norm2.eps)
+    tokens = ops.scatter_residual(tokens, kept, block.img_mlp(entry).to(x.dtype), gate_mlp)
+    context = context + context_gate * context_update
+    normed, context_gate = block._modulate(block.txt_norm2(context), context_exit)
+    return context + context_gate * block.txt_mlp(normed), tokens
+
+
 class FusedForm(NamedTuple):
-    """What stands in for one class of blocks."""
+    """What stands in for one class of blocks, where they have the expected attributes."""
 
     run: Callable  # (block, x [B,N,D], kept [B,k], arguments by name) -> the block's output, with all N tokens
     adaptive_norm: str | None  # the submodule whose forward is restated too
     layer_norms: tuple[str, ...]  # the LayerNorms, none with weights, that are restated
     expects: dict[str, object]  # attributes of the block, without which it does something else
-    written_for: frozenset[str]  # fingerprints of the forwards that are restated
+    written_for: frozenset[str]  # fingerprints of the functions that are restated
+    methods: tuple[str, ...] = ("forward",)  # of the block, that are restated
 
 
-FORMS = {
-    "JointTransformerBlock": FusedForm(
-        run=sd3_block,
-        adaptive_norm="norm1",
-        layer_norms=("norm1.norm", "norm2"),
-        expects={},
-        written_for=frozenset({"c40654b3af216c8f", "cb41454c909f1e8e"}),  # with one attention, with two
+FORMS: dict[str, tuple[FusedForm, ...]] = {
+    "JointTransformerBlock": (
+        FusedForm(
+            run=sd3_block,
+            adaptive_norm="norm1",
+            layer_norms=("norm1.norm", "norm2"),
+            expects={},
+            written_for=frozenset({"c40654b3af216c8f", "cb41454c909f1e8e"}),  # with one attention, with two
+        ),
     ),
-    "FluxTransformerBlock": FusedForm(
-        run=flux_block,
-        adaptive_norm="norm1",
-        layer_norms=("norm1.norm", "norm2"),
-        expects={},
-        written_for=frozenset({"57dc71122f69da22"}),
+    "FluxTransformerBlock": (
+        FusedForm(
+            run=flux_block,
+            adaptive_norm="norm1",
+            layer_norms=("norm1.norm", "norm2"),
+            expects={},
+            written_for=frozenset({"57dc71122f69da22"}),
+        ),
     ),
-    "FluxSingleTransformerBlock": FusedForm(
-        run=flux_single_block,
-        adaptive_norm="norm",
-        layer_norms=("norm.norm",),
-        expects={},
-        written_for=frozenset({"b2525902460cc1c0"}),
+    "FluxSingleTransformerBlock": (
+        FusedForm(
+            run=flux_single_block,
+            adaptive_norm="norm",
+            layer_norms=("norm.norm",),
+            expects={},
+            written_for=frozenset({"b2525902460cc1c0"}),
+        ),
     ),
-    "BasicTransformerBlock": FusedForm(
-        run=pixart_block,
-        adaptive_norm=None,
-        layer_norms=("norm1", "norm2"),
-        expects={"norm_type": "ada_norm_single", "pos_embed": None, "only_cross_attention": False},
-        written_for=frozenset({"fae281bd5a05a865"}),
+    "BasicTransformerBlock": (
+        FusedForm(
+            run=pixart_block,
+            adaptive_norm=None,
+            layer_norms=("norm1", "norm2"),
+            expects={"norm_type": "ada_norm_single", "pos_embed": None, "only_cross_attention": False},
+            written_for=frozenset({"fae281bd5a05a865"}),
+        ),
+        FusedForm(
+            run=dit_block,
+            adaptive_norm="norm1",
+            layer_norms=("norm1.norm", "norm3"),
+            expects={"norm_type": "ada_norm_zero", "pos_embed": None, "only_cross_attention": False, "attn2": None},
+            written_for=frozenset({"275aaba0657e75b3"}),
+        ),
+    ),
+    "QwenImageTransformerBlock": (
+        FusedForm(
+            run=qwenimage_block,
+            adaptive_norm=None,
+            layer_norms=("img_norm1", "img_norm2"),
+            expects={"zero_cond_t": False},
+            written_for=frozenset({"e74049c76cab0c96"}),
+            methods=("forward", "_modulate"),
+        ),
     ),
 }
 
 
 @cache
-def fingerprint(*classes: type) -> str:
-    """Of the classes' forwards, whatever their comments, docstrings and layout; empty where there is no source."""
+def fingerprint(*functions: Callable) -> str:
+    """Of functions, whatever their comments, docstrings and layout; empty where there is no source."""
     try:
-        trees = [ast.parse(textwrap.dedent(inspect.getsource(cls.forward))) for cls in classes]
+        trees = [ast.parse(textwrap.dedent(inspect.getsource(function))) for function in functions]
     except (OSError, TypeError):
         return ""
     for tree in trees:
@@ -174,16 +232,20 @@ def _meaning(node):
 def find_form(block: nn.Module) -> FusedForm | str:
     """The fused form of a block, or the reason why it has none."""
     cls = type(block)
-    form = FORMS.get(cls.__name__)
-    if form is None:
-        return f"{cls.__name__} has no fused form"
-    for name, value in form.expects.items():
-        if getattr(block, name, value) != value:
-            return f"{name} is {getattr(block, name)!r}"
-    restated = (cls,) if form.adaptive_norm is None else (cls, type(block.get_submodule(form.adaptive_norm)))
-    if fingerprint(*restated) not in form.written_for:
+    unlike = f"{cls.__name__} has no fused form"
+    for form in FORMS.get(cls.__name__, ()):
+        other = [name for name, value in form.expects.items() if getattr(block, name, value) != value]
+        if other:
+            unlike = f"{other[0]} is {getattr(block, other[0])!r}"
+            continue
+        restated, functions = [cls], [getattr(cls, name) for name in form.methods]
+        if form.adaptive_norm is not None:
+            restated.append(type(block.get_submodule(form.adaptive_norm)))
+            functions.append(restated[-1].forward)
+        if fingerprint(*functions) in form.written_for:
+            return form
         return f"the installed diffusers has another {' or '.join(c.__name__ for c in restated)}"
-    return form
+    return unlike
 
 
 def why_not(block: nn.Module, form: FusedForm, forward: Callable, arguments: dict) -> str | None:
@@ -209,9 +271,13 @@ def why_not(block: nn.Module, form: FusedForm, forward: Callable, arguments: dic
             return f"{name} has a hook"
     if form.run is flux_block and (arguments.get("joint_attention_kwargs") or {}).get("ip_hidden_states") is not None:
         return "an IP-Adapter adds to its output"
-    if form.run is pixart_block and (arguments.get("cross_attention_kwargs") or {}).get("gligen") is not None:
+    if (
+        form.run in (pixart_block, dit_block)
+        and (arguments.get("cross_attention_kwargs") or {}).get("gligen") is not None
+    ):
         return "GLIGEN adds to its attention"
-    x = arguments.get("hidden_states", block.norm.linear.weight if form.run is flux_single_block else None)
-    if form.run is flux_single_block and x.dtype == torch.float16:
-        return "its float16 output is clipped"
+    if form.run in (flux_single_block, qwenimage_block):
+        x = arguments.get("hidden_states", block.attn.to_q.weight)
+        if x.dtype == torch.float16:
+            return "its float16 output is clipped"
     return None

@@ -6,6 +6,7 @@ from torch import Tensor, nn
 from .. import ops
 from ..evaluation.flops import qwenimage_forward_flops
 from .base import Conditioning, ModelAdapter, register
+from .fused import FusedForm
 from .per_sample import each_sample
 from .prompt import mean_token
 
@@ -45,9 +46,20 @@ class QwenImageAdapter(ModelAdapter):
 
     def call(self, forward, tokens: Tensor, args: tuple, kwargs: dict, kept: Tensor | None = None):
         arguments = {**self.bind(forward, args, kwargs), self.image_argument: tokens}
-        tables = arguments.get("image_rotary_emb")
-        if kept is None or tables is None:
+        if kept is None:
             return forward(**arguments)
+        return self._each_sample(lambda own, _: forward(**own), arguments, kept)
+
+    def call_fused(self, form: FusedForm, block: nn.Module, x: Tensor, kept: Tensor, arguments: dict):
+        def run(own: dict, own_kept: Tensor):
+            return form.run(block, own[self.image_argument], own_kept, own)
+
+        return self._each_sample(run, {**arguments, self.image_argument: x}, kept)
+
+    def _each_sample(self, run, arguments: dict, kept: Tensor):
+        tables = arguments.get("image_rotary_emb")
+        if tables is None:
+            return run(arguments, kept)
         table = torch.view_as_real(tables[0]).flatten(1).contiguous()  # [N,d]; the gather knows no complex numbers
         rows = torch.view_as_complex(ops.token_gather(table, kept).unflatten(2, (-1, 2)))  # [B,k,d/2]
         modulation = arguments.get("modulate_index")  # [B,N] or [1,N]: which of two timesteps a token has
@@ -56,6 +68,4 @@ class QwenImageAdapter(ModelAdapter):
             if len(arguments["temb"]) == 2:  # one timestep of each kind for all samples
                 arguments["temb"] = arguments["temb"].repeat_interleave(len(kept), dim=0)
         split = (self.image_argument, "encoder_hidden_states", "encoder_hidden_states_mask", "temb", "modulate_index")
-        return each_sample(
-            lambda own, _: forward(**own), arguments, kept, split, lambda b: {"image_rotary_emb": (rows[b], tables[1])}
-        )
+        return each_sample(run, arguments, kept, split, lambda b: {"image_rotary_emb": (rows[b], tables[1])})
