@@ -166,10 +166,17 @@ def on_the_pretended_gpu(inputs: dict, dtype: torch.dtype) -> dict:
     return {name: move(value) for name, value in inputs.items()}
 
 
-@pytest.mark.parametrize("fused", [True, False], ids=["fused", "wrapped"])
-@pytest.mark.parametrize("options", [{}, {"share_selection": True}, {"ratio": 0.6, "tile": 4}], ids=str)
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
-@pytest.mark.parametrize("family", EVERY)
+ON_A_GPU = [
+    ("sd3", options, dtype, fused)
+    for options in ({}, {"share_selection": True}, {"ratio": 0.6, "tile": 4})
+    for dtype in (torch.float32, torch.bfloat16)
+    for fused in (True, False)
+]
+for name in EVERY:
+    ON_A_GPU += [(name, {"share_selection": True}, torch.bfloat16, True), (name, {}, torch.float32, False)]
+
+
+@pytest.mark.parametrize("family, options, dtype, fused", ON_A_GPU, ids=str)
 def test_a_pruned_step_on_a_gpu_depends_on_no_data_and_waits_for_nothing(family, options, dtype, fused):
     build, arguments, artifact = EVERY[family]
     model = build().to(dtype)
