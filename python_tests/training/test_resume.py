@@ -1,10 +1,11 @@
 """A run that is stopped at any moment and started again ends bit for bit as one that was not."""
 
+import multiprocessing
 import os
 import random
-import signal
+import shutil
+import sys
 import time
-import traceback
 import warnings
 from pathlib import Path
 
@@ -20,7 +21,7 @@ from .runs import everything, finish, losses, make_trainer, next_batch
 
 @pytest.fixture(scope="module", autouse=True)
 def one_thread():
-    """A fork has no other threads, and the last bits of a sum depend on their number."""
+    """The last bits of a sum depend on the number of threads."""
     before = torch.get_num_threads()
     torch.set_num_threads(1)
     yield
@@ -77,67 +78,62 @@ def test_other_settings_are_refused(tmp_path):
         make_trainer(budget=0.5).run(tmp_path, resume=True)
 
 
-def in_a_fork(work) -> int:
-    """Run ``work()`` in a copy of this process; returns its number."""
-    child = os.fork()
-    if child == 0:
-        try:
-            work()
-            os._exit(0)
-        except BaseException:
-            traceback.print_exc()
-            os._exit(1)
-    return child
+def save_result(folder: Path, inside: Path) -> None:
+    """A process's whole work; saves take a while, so that some are killed inside one."""
+    torch.set_num_threads(1)
+    write = checkpoint.save_file
 
-
-def save_result(folder: Path) -> None:
-    trainer = finish(folder / "checkpoints")
-    save_file(everything(trainer), folder / "result.safetensors")
-
-
-@pytest.mark.skipif(not hasattr(os, "fork"), reason="needs fork")
-@pytest.mark.filterwarnings("ignore:This process .* is multi-threaded:DeprecationWarning")
-def test_kill_9_at_twenty_random_moments(uninterrupted, tmp_path, monkeypatch):
-    write, stage = checkpoint.save_file, tmp_path / "inside"
-
-    def slow(tensors, path):  # so that some are killed inside a save
-        stage.touch()
+    def slow(tensors, path):
+        inside.touch()
         write(tensors, path)
         time.sleep(0.02)
         path.write_bytes(path.read_bytes()[:-1])  # not yet whole
         time.sleep(0.02)
         write(tensors, path)
-        stage.unlink()
+        inside.unlink()
 
-    monkeypatch.setattr(checkpoint, "save_file", slow)
-    begun = time.monotonic()
-    os.waitpid(in_a_fork(lambda: save_result(tmp_path / "timed")), 0)
-    whole = time.monotonic() - begun
-    generator, inside, killed = random.Random(0), 0, 0
-    folder = tmp_path / "run"
-    folder.mkdir()
-    while killed < 20:
+    checkpoint.save_file = slow
+    trainer = finish(folder / "checkpoints")
+    save_file(everything(trainer), folder / "result.safetensors")
+
+
+def test_kill_9_at_twenty_random_moments(uninterrupted, tmp_path, monkeypatch):
+    monkeypatch.setenv("PYTHONPATH", os.pathsep.join(sys.path))  # where the server finds this module
+    context = multiprocessing.get_context("forkserver")  # forks that begin with torch imported, and nothing run
+    context.set_forkserver_preload(["torch", __name__])
+    stage, folder, generator = tmp_path / "inside", tmp_path / "run", random.Random(0)
+
+    def start(place: Path) -> multiprocessing.Process:
+        place.mkdir(exist_ok=True)
         stage.unlink(missing_ok=True)
-        child = in_a_fork(lambda place=folder: save_result(place))
-        if killed % 4 == 3:  # wait for a save, then somewhere in it
-            while not stage.exists() and os.waitpid(child, os.WNOHANG) == (0, 0):
+        process = context.Process(target=save_result, args=(place, stage))
+        process.start()
+        return process
+
+    for _ in range(2):  # the first starts the server
+        begun = time.monotonic()
+        process = start(tmp_path / "timed")
+        process.join()
+        shutil.rmtree(tmp_path / "timed")
+        assert process.exitcode == 0
+    whole, inside = time.monotonic() - begun, 0
+    for number in range(20):
+        process = start(folder)
+        if number % 4 == 3:  # wait for a save, then somewhere in it
+            while not stage.exists() and process.is_alive():
                 time.sleep(0.001)
             time.sleep(generator.uniform(0, 0.04))
         else:
             time.sleep(generator.uniform(0.05, 1.0) * whole)
         inside += stage.exists()
-        try:
-            os.kill(child, signal.SIGKILL)
-            os.waitpid(child, 0)
-        except (ProcessLookupError, ChildProcessError):
-            pass
-        killed += 1
-        if (folder / "result.safetensors").exists() and killed < 20:  # it came to its end: once more from the start
+        process.kill()
+        process.join()
+        if (folder / "result.safetensors").exists():  # it came to its end: once more from the start
             check(folder, uninterrupted[0])
-            folder = tmp_path / f"run{killed}"
-            folder.mkdir()
-    _, status = os.waitpid(in_a_fork(lambda: save_result(folder)), 0)
-    assert status == 0
+            folder = tmp_path / f"run{number}"
+    process = start(folder)
+    process.join()
+    assert process.exitcode == 0
     check(folder, uninterrupted[0])
     assert inside >= 3
 
