@@ -1,5 +1,7 @@
 """Training examples against diffusers' own schedulers."""
 
+from itertools import pairwise
+
 import pytest
 import torch
 from diffusers import (
@@ -76,7 +78,7 @@ def test_steps_with_the_right_answers_lead_to_the_data(objective, steps):
     latents, noise = draw(4, 8, 8).double(), draw(4, 8, 8).double() + 1
     levels = torch.linspace(1, 0, steps + 1).tolist()
     x = objective.noisy(latents, noise, torch.ones(3))
-    for now, after in zip(levels, levels[1:], strict=False):
+    for now, after in pairwise(levels):
         sigma = torch.full((3,), now)
         torch.testing.assert_close(x, objective.noisy(latents, noise, sigma), rtol=1e-4, atol=1e-4)
         x = objective.step(x, objective.target(latents, noise, sigma), now, after)

@@ -205,7 +205,7 @@ def test_a_skipped_step_changes_nothing():
     trainer.run()
     assert seen and all(torch.equal(value, seen[name]) for name, value in everything(trainer).items())
     other.run()
-    assert not torch.equal(everything(other)["router.w_out"], seen["router.w_out"]) if "router.w_out" in seen else True
+    assert any(not torch.equal(value, seen[name]) for name, value in everything(other).items())
 
 
 def test_too_many_in_a_row_stop_the_run_and_keep_the_last_checkpoint(tmp_path):

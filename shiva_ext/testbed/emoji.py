@@ -12,7 +12,7 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from diffusers import FlowMatchEulerDiscreteScheduler, SD3Transformer2DModel, StableDiffusion3Pipeline
+from diffusers import SD3Transformer2DModel
 from PIL import Image
 from safetensors.torch import load_file
 from torch import Tensor, nn
@@ -153,18 +153,3 @@ def train(config: DenseConfig, out: str | os.PathLike) -> None:
     model = nn.ModuleDict({"transformer": SD3Transformer2DModel(**TRANSFORMER_CONFIG)})
     average = train_flow(model, lambda _, count, generator: source(count, generator), config, Path(out))
     average["transformer"].to(torch.bfloat16).save_pretrained(Path(out) / "transformer")
-
-
-def build_pipeline(transformer: SD3Transformer2DModel) -> StableDiffusion3Pipeline:
-    """Diffusers' own pipeline; it works on pixels, so call it with embeddings and ``output_type="latent"``."""
-    return StableDiffusion3Pipeline(
-        transformer=transformer,
-        scheduler=FlowMatchEulerDiscreteScheduler(),
-        vae=None,
-        text_encoder=None,
-        tokenizer=None,
-        text_encoder_2=None,
-        tokenizer_2=None,
-        text_encoder_3=None,
-        tokenizer_3=None,
-    )

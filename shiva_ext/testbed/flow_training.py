@@ -14,7 +14,7 @@ from torch.nn import functional as F
 from tqdm import tqdm
 
 from shiva_ext.training import checkpoint
-from shiva_ext.training.trainer import derive_seed
+from shiva_ext.training.sampling import derive_seed
 
 
 @dataclass

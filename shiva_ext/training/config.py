@@ -93,6 +93,12 @@ class TrainConfig:
     max_bad_steps: int = 10
     seed: int = 0
 
+    def steps_before(self, stage: str) -> int:
+        """Steps of the stages before this one ("router", "policy", "joint"); "end" is behind the last."""
+        steps = {"router": self.router_steps, "policy": self.policy_steps, "joint": self.joint_steps, "end": 0}
+        names = list(steps)
+        return sum(steps[name] for name in names[: names.index(stage)])
+
     def __post_init__(self):
         if not 0 < self.budget <= 1:
             raise ValueError(f"TrainConfig: budget is {self.budget}, wanted a share above 0 and at most 1")

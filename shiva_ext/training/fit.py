@@ -73,9 +73,8 @@ def _begin(out: Path, run: dict, resume: bool) -> None:
 
 def _track(accelerator: Accelerator, entry: dict, config: TrainConfig) -> None:
     """Hand an entry of the history to accelerate's trackers, at its step in the whole run."""
-    before = {"router": 0, "policy": config.router_steps, "joint": config.router_steps + config.policy_steps}
     values = {name: value for name, value in entry.items() if name not in ("stage", "step")}
-    accelerator.log(values, step=before[entry["stage"]] + entry["step"])
+    accelerator.log(values, step=config.steps_before(entry["stage"]) + entry["step"])
 
 
 def _pictures(

@@ -1,12 +1,13 @@
 """How each family is called in training: its encoders, its inputs, and where its prediction is."""
 
 import inspect
+from abc import ABC, abstractmethod
 
 import torch
 from torch import Tensor, nn
 
 
-class Recipe:
+class Recipe(ABC):
     """A family whose latents [B,C,H,W] go into the transformer as they are.
 
     Conditions are the transformer's own arguments, by name; the first axis is the batch's.
@@ -23,9 +24,9 @@ class Recipe:
         latents = latents / vae.config.scaling_factor + (getattr(vae.config, "shift_factor", None) or 0.0)
         return vae.decode(latents.to(vae.device, vae.dtype)).sample
 
+    @abstractmethod
     def encode_prompts(self, pipe, captions: list[str]) -> dict[str, Tensor]:
-        """Conditions of captions; ``""`` is the empty prompt."""
-        raise NotImplementedError
+        """Conditions [B,...] of B captions, by argument; ``""`` is the empty prompt."""
 
     def inputs(self, transformer: nn.Module, noisy: Tensor, timestep: Tensor, conditions: dict[str, Tensor]) -> dict:
         """The transformer's arguments; timestep [B] goes from 0 to 1000."""
@@ -42,6 +43,8 @@ class Recipe:
 
 
 class SD3Recipe(Recipe):
+    """Tokens of all text encoders together, and a pooled prompt."""
+
     def encode_prompts(self, pipe, captions):
         tokens, _, pooled, _ = pipe.encode_prompt(captions, captions, captions, do_classifier_free_guidance=False)
         return dict(encoder_hidden_states=tokens, pooled_projections=pooled)
@@ -55,11 +58,14 @@ def _pack(latents: Tensor) -> Tensor:
 
 
 def _unpack(tokens: Tensor, shape: torch.Size) -> Tensor:
+    """The reverse of :func:`_pack`, for latents of this shape."""
     B, C, H, W = shape
     return tokens.view(B, H // 2, W // 2, C, 2, 2).permute(0, 3, 1, 4, 2, 5).reshape(B, C, H, W)
 
 
 class FluxRecipe(Recipe):
+    """Latents go in as packed patches of 2 x 2 with their places; timesteps from 0 to 1."""
+
     GUIDANCE = 3.5  # the pipeline's default, for models that are told how strongly to guide
 
     def encode_prompts(self, pipe, captions):
@@ -89,6 +95,8 @@ class FluxRecipe(Recipe):
 
 
 class PixArtRecipe(Recipe):
+    """Prompts with their mask; alpha is told the image's size, too. Half of the output is variance."""
+
     def encode_prompts(self, pipe, captions):
         tokens, mask, _, _ = pipe.encode_prompt(captions, do_classifier_free_guidance=False, clean_caption=True)
         return dict(encoder_hidden_states=tokens, encoder_attention_mask=mask)
@@ -117,6 +125,8 @@ class DiTRecipe(Recipe):
 
 
 class SanaRecipe(Recipe):
+    """Prompts with their mask; an autoencoder without a distribution; timesteps on the model's own scale."""
+
     def encode_images(self, pipe, pixels):
         vae = pipe.vae
         return vae.encode(pixels.to(vae.device, vae.dtype)).latent * vae.config.scaling_factor
@@ -157,6 +167,8 @@ class _VideoVae(Recipe):
 
 
 class QwenImageRecipe(_VideoVae):
+    """Latents go in as packed patches of 2 x 2; prompts with their mask; timesteps from 0 to 1."""
+
     def encode_images(self, pipe, pixels):
         return super().encode_images(pipe, pixels).squeeze(2)
 
@@ -178,6 +190,8 @@ class QwenImageRecipe(_VideoVae):
 
 
 class WanRecipe(_VideoVae):
+    """Images are videos of one frame, latents [B,C,1,H,W]; prompts of 512 tokens, as the pipeline fills them up."""
+
     def encode_prompts(self, pipe, captions):
         tokens, _ = pipe.encode_prompt(captions, do_classifier_free_guidance=False, max_sequence_length=512)
         return dict(encoder_hidden_states=tokens)

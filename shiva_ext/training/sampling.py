@@ -1,5 +1,7 @@
 """Stratified noise levels and ratios: evenly spread within every global batch, so that its means hardly vary."""
 
+import hashlib
+
 import torch
 from torch import Tensor
 
@@ -70,3 +72,12 @@ def shared_ratios(ratios: Tensor) -> Tensor:
     if ratios.ndim != 2:
         raise ValueError(f"shared_ratios: ratios has shape {tuple(ratios.shape)}, wanted [samples, layers]")
     return ratios.mean(dim=0)
+
+
+def derive_seed(*place) -> int:
+    """A seed of its own for each place in a training run, such as (seed, stage, step, part).
+
+    Nothing random is carried from step to step, so a step is the same whoever computes it, and whenever.
+    """
+    name = "/".join(map(str, place)).encode()
+    return int.from_bytes(hashlib.blake2b(name, digest_size=7).digest(), "little")

@@ -1,6 +1,5 @@
 """The three stages of Shiva-DiT training (arXiv 2602.05605, section 3.5), on one process or many."""
 
-import hashlib
 import math
 import os
 import time
@@ -30,7 +29,7 @@ from .objectives import FlowMatching, Objective
 from .processes import average, gather_gradients, rank, shard, unsharded, world
 from .recipes import Recipe, recipe_for
 from .samples import sample
-from .sampling import shared_ratios, stratified_ratios, stratified_timesteps
+from .sampling import derive_seed, shared_ratios, stratified_ratios, stratified_timesteps
 from .stages import adapters_off, run_student, run_teacher
 
 
@@ -42,15 +41,6 @@ class Batch(NamedTuple):
 
 
 STAGES = ("router", "policy", "joint")
-
-
-def derive_seed(*place) -> int:
-    """A seed of its own for each place in a training run, such as (seed, stage, step, part).
-
-    Nothing random is carried from step to step, so a step is the same whoever computes it, and whenever.
-    """
-    name = "/".join(map(str, place)).encode()
-    return int.from_bytes(hashlib.blake2b(name, digest_size=7).digest(), "little")
 
 
 class _Listener:
@@ -276,8 +266,7 @@ class ShivaTrainer:
         if optimizer_state:
             checkpoint.unflatten(optimizer, optimizer_state)
         warmup = min(config.warmup, steps // 4)
-        before = {"router": 0, "policy": config.router_steps, "joint": config.router_steps + config.policy_steps}[stage]
-        total = config.router_steps + config.policy_steps + config.joint_steps
+        before, total = config.steps_before(stage), config.steps_before("end")
         self.display.stage(stage, start, steps, config.batch_size)
         for step in range(start, steps):
             fall = config.lr_end + (1 - config.lr_end) * (steps - step) / max(1.0, config.decay * steps)
