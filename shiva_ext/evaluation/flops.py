@@ -1,7 +1,9 @@
 """Floating-point operations of a transformer's forward pass, counted from its settings."""
 
 import math
-from collections.abc import Collection, Mapping
+from collections.abc import Callable, Collection, Mapping
+from functools import wraps
+from typing import NamedTuple
 
 from diffusers import (
     DiTTransformer2DModel,
@@ -12,6 +14,7 @@ from diffusers import (
     SD3Transformer2DModel,
     WanTransformer3DModel,
 )
+from torch import nn
 
 
 def attention_flops(dim: int, image_tokens: int, text_tokens: int = 0, text_output: bool = True) -> int:
@@ -46,14 +49,57 @@ def _checked(name: str, kept: Mapping[int, int] | None, layers: int, N: int) -> 
     return kept
 
 
-def sd3_forward_flops(
-    transformer: SD3Transformer2DModel,
-    text_tokens: int,
-    image_tokens: int | None = None,
-    kept: Mapping[int, int] | None = None,
-    router_width: int = 0,
-    scored: Collection[int] | None = None,
-) -> int:
+class Work(NamedTuple):
+    """What a forward pass of one sample consists of.
+
+    Attributes:
+        dim: channels of an image token.
+        layers: prunable blocks.
+        tokens: image tokens N.
+        outside: operations outside the blocks.
+        block: operations of a block on k of the image tokens, ``block(layer, k)``.
+    """
+
+    dim: int
+    layers: int
+    tokens: int
+    outside: int
+    block: Callable[[int, int], int]
+
+
+def _counted(work: Callable[[nn.Module, int, int | None], Work]):
+    """Makes a counter with the arguments of :func:`sd3_forward_flops` of a family's :class:`Work`."""
+
+    @wraps(work, assigned=("__module__", "__name__", "__qualname__", "__doc__"))
+    def forward_flops(
+        transformer: nn.Module,
+        text_tokens: int = 0,
+        image_tokens: int | None = None,
+        kept: Mapping[int, int] | None = None,
+        router_width: int = 0,
+        scored: Collection[int] | None = None,
+    ) -> int:
+        dim, layers, N, outside, block = work(transformer, text_tokens, image_tokens)
+        kept = _checked(work.__name__, kept, layers, N)
+        blocks = sum(block(layer, kept.get(layer, N)) for layer in range(layers))
+        return outside + blocks + len(kept if scored is None else scored) * router_flops(dim, router_width, N)
+
+    return forward_flops
+
+
+def _square(config, image_tokens: int | None) -> int:
+    """Image tokens, by default those of the configured ``sample_size``."""
+    return (config.sample_size // config.patch_size) ** 2 if image_tokens is None else image_tokens
+
+
+def _ends(config, N: int, D: int, patch: int) -> int:
+    """Operations of the patch embedding and of the projection to the output's channels."""
+    out_channels = config.in_channels if config.out_channels is None else config.out_channels
+    return 2 * N * patch * D * (config.in_channels + out_channels)
+
+
+@_counted
+def sd3_forward_flops(transformer: SD3Transformer2DModel, T: int, image_tokens: int | None) -> Work:
     """Floating-point operations of one forward pass of one sample (no guidance: that makes two samples of it).
 
     A multiply-add counts as two. Matrix products, attention and the patch convolution are counted; norms, activations,
@@ -74,184 +120,125 @@ def sd3_forward_flops(
     """
     config = transformer.config
     D, layers = config.num_attention_heads * config.attention_head_dim, config.num_layers
-    N = (config.sample_size // config.patch_size) ** 2 if image_tokens is None else image_tokens
-    kept = _checked("sd3_forward_flops", kept, layers, N)
-    patch = config.patch_size**2
-    out_channels = config.in_channels if config.out_channels is None else config.out_channels
-    total = 2 * N * patch * config.in_channels * D  # patch embedding
-    total += 2 * D * (256 + D) + 2 * D * (config.pooled_projection_dim + D)  # timestep and pooled prompt embedding
-    total += 2 * text_tokens * config.joint_attention_dim * config.caption_projection_dim
-    for layer in range(layers):
-        k, last, dual = kept.get(layer, N), layer == layers - 1, layer in config.dual_attention_layers
-        total += 2 * D * D * ((9 if dual else 6) + (2 if last else 6))  # modulation of image and text stream
-        total += attention_flops(D, k, text_tokens, text_output=not last)
-        total += attention_flops(D, k) if dual else 0
-        total += 16 * D * D * (k + (0 if last else text_tokens))  # MLPs, four times as wide inside
-    total += len(kept if scored is None else scored) * router_flops(D, router_width, N)
-    total += 2 * D * 2 * D  # modulation of the output norm
-    total += 2 * N * D * patch * out_channels
-    return total
+    N = _square(config, image_tokens)
+
+    def block(layer: int, k: int) -> int:
+        last, dual = layer == layers - 1, layer in config.dual_attention_layers
+        total = 2 * D * D * ((9 if dual else 6) + (2 if last else 6))  # modulation of image and text stream
+        total += attention_flops(D, k, T, text_output=not last) + (attention_flops(D, k) if dual else 0)
+        return total + 16 * D * D * (k + (0 if last else T))  # MLPs, four times as wide inside
+
+    outside = _ends(config, N, D, config.patch_size**2) + 2 * D * 2 * D  # with the modulation of the output norm
+    outside += 2 * D * (256 + D) + 2 * D * (config.pooled_projection_dim + D)  # timestep and pooled prompt embedding
+    outside += 2 * T * config.joint_attention_dim * config.caption_projection_dim
+    return Work(D, layers, N, outside, block)
 
 
-def pixart_forward_flops(
-    transformer: PixArtTransformer2DModel,
-    text_tokens: int,
-    image_tokens: int | None = None,
-    kept: Mapping[int, int] | None = None,
-    router_width: int = 0,
-    scored: Collection[int] | None = None,
-) -> int:
+@_counted
+def pixart_forward_flops(transformer: PixArtTransformer2DModel, T: int, image_tokens: int | None) -> Work:
     """The same as :func:`sd3_forward_flops` for PixArt: cross-attention to the prompt, whose tokens do not change."""
     config = transformer.config
-    D, layers = config.num_attention_heads * config.attention_head_dim, config.num_layers
-    N = (config.sample_size // config.patch_size) ** 2 if image_tokens is None else image_tokens
-    kept = _checked("pixart_forward_flops", kept, layers, N)
-    patch = config.patch_size**2
-    total = 2 * N * patch * config.in_channels * D
-    total += 2 * D * (256 + D) + 2 * D * 6 * D  # timestep embedding, modulation of all blocks
+    D, N = config.num_attention_heads * config.attention_head_dim, _square(config, image_tokens)
+
+    def block(_: int, k: int) -> int:
+        cross = cross_attention_flops(D, D, config.cross_attention_dim, k, T)
+        return attention_flops(D, k) + cross + 16 * D * D * k
+
+    outside = _ends(config, N, D, config.patch_size**2)
+    outside += 2 * D * (256 + D) + 2 * D * 6 * D  # timestep embedding, modulation of all blocks
     if transformer.use_additional_conditions:  # height, width and aspect ratio
-        total += 3 * 2 * (D // 3) * (256 + D // 3)
-    context = config.cross_attention_dim
+        outside += 3 * 2 * (D // 3) * (256 + D // 3)
     if config.caption_channels is not None:
-        total += 2 * text_tokens * D * (config.caption_channels + D)
-    for layer in range(layers):
-        k = kept.get(layer, N)
-        total += attention_flops(D, k)
-        total += cross_attention_flops(D, D, context, k, text_tokens)
-        total += 16 * D * D * k
-    out_channels = config.in_channels if config.out_channels is None else config.out_channels
-    total += len(kept if scored is None else scored) * router_flops(D, router_width, N)
-    return total + 2 * N * D * patch * out_channels
+        outside += 2 * T * D * (config.caption_channels + D)
+    return Work(D, config.num_layers, N, outside, block)
 
 
-def flux_forward_flops(
-    transformer: FluxTransformer2DModel,
-    text_tokens: int,
-    image_tokens: int | None = None,
-    kept: Mapping[int, int] | None = None,
-    router_width: int = 0,
-    scored: Collection[int] | None = None,
-) -> int:
+@_counted
+def flux_forward_flops(transformer: FluxTransformer2DModel, T: int, image_tokens: int | None) -> Work:
     """The same as :func:`sd3_forward_flops` for Flux, whose layers are the joint blocks and then the single ones.
 
     ``image_tokens`` are 4,096 unless given: 1024 x 1024 pixels.
     """
     config = transformer.config
     D, joint = config.num_attention_heads * config.attention_head_dim, config.num_layers
-    layers, T = joint + config.num_single_layers, text_tokens
     N = 64 * 64 if image_tokens is None else image_tokens
-    kept = _checked("flux_forward_flops", kept, layers, N)
-    embeddings = 2 if config.guidance_embeds else 1
-    total = 2 * N * config.in_channels * D + 2 * T * config.joint_attention_dim * D
-    total += 2 * D * (embeddings * (256 + D) + config.pooled_projection_dim + D)
-    for layer in range(layers):
-        k = kept.get(layer, N)
+
+    def block(layer: int, k: int) -> int:
         if layer < joint:
-            total += attention_flops(D, k, T) + 16 * D * D * (k + T) + 2 * D * D * 12
-        else:  # attention without an output projection, beside the MLP; one projection for both
-            total += 2 * 12 * D * D * (k + T) + 4 * (k + T) ** 2 * D + 2 * D * D * 3
+            return attention_flops(D, k, T) + 16 * D * D * (k + T) + 2 * D * D * 12
+        # Attention without an output projection, beside the MLP; one projection for both.
+        return 2 * 12 * D * D * (k + T) + 4 * (k + T) ** 2 * D + 2 * D * D * 3
+
+    embeddings = 2 if config.guidance_embeds else 1
     out_channels = config.in_channels if config.out_channels is None else config.out_channels
-    total += len(kept if scored is None else scored) * router_flops(D, router_width, N)
-    return total + 2 * D * 2 * D + 2 * N * D * config.patch_size**2 * out_channels
+    outside = 2 * N * D * (config.in_channels + config.patch_size**2 * out_channels)  # latents come in as patches
+    outside += 2 * T * config.joint_attention_dim * D
+    outside += 2 * D * (embeddings * (256 + D) + config.pooled_projection_dim + D) + 2 * D * 2 * D
+    return Work(D, joint + config.num_single_layers, N, outside, block)
 
 
-def dit_forward_flops(
-    transformer: DiTTransformer2DModel,
-    text_tokens: int = 0,
-    image_tokens: int | None = None,
-    kept: Mapping[int, int] | None = None,
-    router_width: int = 0,
-    scored: Collection[int] | None = None,
-) -> int:
+@_counted
+def dit_forward_flops(transformer: DiTTransformer2DModel, T: int, image_tokens: int | None) -> Work:
     """The same as :func:`sd3_forward_flops` for DiT, which has no text; each block embeds the timestep anew."""
     config = transformer.config
-    D, layers = config.num_attention_heads * config.attention_head_dim, config.num_layers
-    N = (config.sample_size // config.patch_size) ** 2 if image_tokens is None else image_tokens
-    kept = _checked("dit_forward_flops", kept, layers, N)
-    patch = config.patch_size**2
+    D, N = config.num_attention_heads * config.attention_head_dim, _square(config, image_tokens)
     embedding = 2 * D * (256 + D)
-    total = 2 * N * patch * config.in_channels * D + embedding
-    for layer in range(layers):
-        k = kept.get(layer, N)
-        total += embedding + 2 * D * 6 * D + attention_flops(D, k) + 16 * D * D * k
-    out_channels = config.in_channels if config.out_channels is None else config.out_channels
-    total += len(kept if scored is None else scored) * router_flops(D, router_width, N)
-    return total + 2 * D * 2 * D + 2 * N * D * patch * out_channels
+
+    def block(_: int, k: int) -> int:
+        return embedding + 2 * D * 6 * D + attention_flops(D, k) + 16 * D * D * k
+
+    outside = _ends(config, N, D, config.patch_size**2) + embedding + 2 * D * 2 * D
+    return Work(D, config.num_layers, N, outside, block)
 
 
-def sana_forward_flops(
-    transformer: SanaTransformer2DModel,
-    text_tokens: int,
-    image_tokens: int | None = None,
-    kept: Mapping[int, int] | None = None,
-    router_width: int = 0,
-    scored: Collection[int] | None = None,
-) -> int:
+@_counted
+def sana_forward_flops(transformer: SanaTransformer2DModel, T: int, image_tokens: int | None) -> Work:
     """The same as :func:`sd3_forward_flops` for Sana: linear attention, and a convolution over the whole image."""
     config = transformer.config
     heads, d = config.num_attention_heads, config.attention_head_dim
-    D, layers, T = heads * d, config.num_layers, text_tokens
-    N = (config.sample_size // config.patch_size) ** 2 if image_tokens is None else image_tokens
-    kept = _checked("sana_forward_flops", kept, layers, N)
-    patch, inside = config.patch_size**2, int(config.mlp_ratio * D)
-    cross = config.num_cross_attention_heads * config.cross_attention_head_dim
+    D, N, inside = heads * d, _square(config, image_tokens), int(config.mlp_ratio * heads * d)
+    inner = config.num_cross_attention_heads * config.cross_attention_head_dim
+
+    def block(_: int, k: int) -> int:
+        total = 8 * k * D * D + 2 * 2 * k * heads * (d + 1) * d
+        total += cross_attention_flops(D, inner, config.cross_attention_dim, k, T)
+        return total + 2 * k * D * 3 * inside + 2 * 9 * N * 2 * inside  # pointwise, depthwise
+
     embeddings = 2 if config.guidance_embeds else 1
-    total = 2 * N * patch * config.in_channels * D
-    total += embeddings * 2 * D * (256 + D) + 2 * D * 6 * D + 2 * T * D * (config.caption_channels + D)
-    for layer in range(layers):
-        k = kept.get(layer, N)
-        total += 8 * k * D * D + 2 * 2 * k * heads * (d + 1) * d
-        total += cross_attention_flops(D, cross, config.cross_attention_dim, k, T)
-        total += 2 * k * D * 3 * inside + 2 * 9 * N * 2 * inside  # pointwise, depthwise
-    out_channels = config.in_channels if config.out_channels is None else config.out_channels
-    total += len(kept if scored is None else scored) * router_flops(D, router_width, N)
-    return total + 2 * N * D * patch * out_channels
+    outside = _ends(config, N, D, config.patch_size**2) + embeddings * 2 * D * (256 + D) + 2 * D * 6 * D
+    return Work(D, config.num_layers, N, outside + 2 * T * D * (config.caption_channels + D), block)
 
 
-def qwenimage_forward_flops(
-    transformer: QwenImageTransformer2DModel,
-    text_tokens: int,
-    image_tokens: int | None = None,
-    kept: Mapping[int, int] | None = None,
-    router_width: int = 0,
-    scored: Collection[int] | None = None,
-) -> int:
+@_counted
+def qwenimage_forward_flops(transformer: QwenImageTransformer2DModel, T: int, image_tokens: int | None) -> Work:
     """The same as :func:`sd3_forward_flops` for Qwen-Image; ``image_tokens`` are 4,096 unless given."""
     config = transformer.config
-    D, layers, T = config.num_attention_heads * config.attention_head_dim, config.num_layers, text_tokens
+    D = config.num_attention_heads * config.attention_head_dim
     N = 64 * 64 if image_tokens is None else image_tokens
-    kept = _checked("qwenimage_forward_flops", kept, layers, N)
     steps = 2 if config.zero_cond_t else 1  # timesteps of a sample
-    total = 2 * N * config.in_channels * D + 2 * T * config.joint_attention_dim * D + steps * 2 * D * (256 + D)
-    for layer in range(layers):
-        k = kept.get(layer, N)
-        total += 2 * D * 6 * D * (steps + 1) + attention_flops(D, k, T) + 16 * D * D * (k + T)
+
+    def block(_: int, k: int) -> int:
+        return 2 * D * 6 * D * (steps + 1) + attention_flops(D, k, T) + 16 * D * D * (k + T)
+
     out_channels = config.in_channels if config.out_channels is None else config.out_channels
-    total += len(kept if scored is None else scored) * router_flops(D, router_width, N)
-    return total + 2 * D * 2 * D + 2 * N * D * config.patch_size**2 * out_channels
+    outside = 2 * N * D * (config.in_channels + config.patch_size**2 * out_channels)  # latents come in as patches
+    outside += 2 * T * config.joint_attention_dim * D + steps * 2 * D * (256 + D) + 2 * D * 2 * D
+    return Work(D, config.num_layers, N, outside, block)
 
 
-def wan_forward_flops(
-    transformer: WanTransformer3DModel,
-    text_tokens: int,
-    image_tokens: int | None = None,
-    kept: Mapping[int, int] | None = None,
-    router_width: int = 0,
-    scored: Collection[int] | None = None,
-) -> int:
+@_counted
+def wan_forward_flops(transformer: WanTransformer3DModel, T: int, image_tokens: int | None) -> Work:
     """The same as :func:`sd3_forward_flops` for Wan from text, one timestep a sample.
 
     ``image_tokens`` are 32,760 unless given: 81 frames of 832 x 480 pixels.
     """
     config = transformer.config
-    D, layers, T = config.num_attention_heads * config.attention_head_dim, config.num_layers, text_tokens
+    D = config.num_attention_heads * config.attention_head_dim
     N = 21 * 30 * 52 if image_tokens is None else image_tokens
-    kept = _checked("wan_forward_flops", kept, layers, N)
-    patch = math.prod(config.patch_size)
-    total = 2 * N * patch * config.in_channels * D
-    total += 2 * D * (config.freq_dim + D + 6 * D) + 2 * T * D * (config.text_dim + D)
-    for layer in range(layers):
-        k = kept.get(layer, N)
-        total += attention_flops(D, k) + cross_attention_flops(D, D, D, k, T) + 4 * k * D * config.ffn_dim
-    total += len(kept if scored is None else scored) * router_flops(D, router_width, N)
-    return total + 2 * N * D * patch * (config.out_channels or config.in_channels)
+
+    def block(_: int, k: int) -> int:
+        return attention_flops(D, k) + cross_attention_flops(D, D, D, k, T) + 4 * k * D * config.ffn_dim
+
+    outside = _ends(config, N, D, math.prod(config.patch_size))
+    outside += 2 * D * (config.freq_dim + D + 6 * D) + 2 * T * D * (config.text_dim + D)
+    return Work(D, config.num_layers, N, outside, block)

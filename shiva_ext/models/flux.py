@@ -5,13 +5,12 @@ from torch import Tensor, nn
 
 from .. import ops
 from ..evaluation.flops import flux_forward_flops
-from .base import Conditioning, ModelAdapter, register
-from .fused import FusedForm
-from .per_sample import each_sample
+from .base import Conditioning, register
+from .per_sample import PerSampleAdapter, each_sample
 
 
 @register
-class FluxAdapter(ModelAdapter):
+class FluxAdapter(PerSampleAdapter):
     """``FluxTransformer2DModel``: joint blocks over text and image tokens, then blocks over both in one stream.
 
     Layers are counted through both kinds. Text tokens are never pruned. Positions are rotary and come as one table of
@@ -45,19 +44,7 @@ class FluxAdapter(ModelAdapter):
             time = time + embed.guidance_embedder(embed.time_proj(guidance.to(dtype) * 1000).to(pooled.dtype))
         return Conditioning(timestep, time, embed.text_embedder(pooled))
 
-    def call(self, forward, tokens: Tensor, args: tuple, kwargs: dict, kept: Tensor | None = None):
-        arguments = {**self.bind(forward, args, kwargs), self.image_argument: tokens}
-        if kept is None:
-            return forward(**arguments)
-        return self._each_sample(lambda own, _: forward(**own), arguments, kept)
-
-    def call_fused(self, form: FusedForm, block: nn.Module, x: Tensor, kept: Tensor, arguments: dict):
-        def run(own: dict, own_kept: Tensor):
-            return form.run(block, own[self.image_argument], own_kept, own)
-
-        return self._each_sample(run, {**arguments, self.image_argument: x}, kept)
-
-    def _each_sample(self, run, arguments: dict, kept: Tensor):
+    def each_sample(self, run, arguments: dict, kept: Tensor):
         tables = arguments.get("image_rotary_emb")
         if tables is None:
             return run(arguments, kept)

@@ -5,14 +5,13 @@ from torch import Tensor, nn
 
 from .. import ops
 from ..evaluation.flops import qwenimage_forward_flops
-from .base import Conditioning, ModelAdapter, register
-from .fused import FusedForm
-from .per_sample import each_sample
+from .base import Conditioning, register
+from .per_sample import PerSampleAdapter, each_sample
 from .prompt import mean_token
 
 
 @register
-class QwenImageAdapter(ModelAdapter):
+class QwenImageAdapter(PerSampleAdapter):
     """``QwenImageTransformer2DModel``: joint blocks over image and text tokens, complex rotary positions.
 
     Text tokens are never pruned. The positions are one table for the whole batch, so a pruned block runs once for each
@@ -44,19 +43,7 @@ class QwenImageAdapter(ModelAdapter):
         mean = mean_token(transformer.txt_norm(prompt), arguments.get("encoder_hidden_states_mask"))
         return Conditioning(timestep * 1000, time, transformer.txt_in(mean))
 
-    def call(self, forward, tokens: Tensor, args: tuple, kwargs: dict, kept: Tensor | None = None):
-        arguments = {**self.bind(forward, args, kwargs), self.image_argument: tokens}
-        if kept is None:
-            return forward(**arguments)
-        return self._each_sample(lambda own, _: forward(**own), arguments, kept)
-
-    def call_fused(self, form: FusedForm, block: nn.Module, x: Tensor, kept: Tensor, arguments: dict):
-        def run(own: dict, own_kept: Tensor):
-            return form.run(block, own[self.image_argument], own_kept, own)
-
-        return self._each_sample(run, {**arguments, self.image_argument: x}, kept)
-
-    def _each_sample(self, run, arguments: dict, kept: Tensor):
+    def each_sample(self, run, arguments: dict, kept: Tensor):
         tables = arguments.get("image_rotary_emb")
         if tables is None:
             return run(arguments, kept)
