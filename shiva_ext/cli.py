@@ -81,6 +81,13 @@ def _train_emoji_selection(args) -> None:
     train(_config(args, TrainConfig), args.out, args.dense_model, args.resume)
 
 
+def _train_emoji_classifier(args) -> None:
+    from .testbed.emoji_classifier import EmojiClassifierConfig, train
+
+    record = train(_config(args, EmojiClassifierConfig), args.out)
+    print(json.dumps({k: v for k, v in record.items() if k != "captions"}, indent=1))
+
+
 def _train_classifier(args) -> None:
     from .testbed.classifier import ClassifierConfig, train
 
@@ -141,6 +148,7 @@ def parser() -> argparse.ArgumentParser:
     from .testbed.classifier import ClassifierConfig
     from .testbed.dense import DenseConfig
     from .testbed.emoji import CONFIG as EMOJI_CONFIG
+    from .testbed.emoji_classifier import EmojiClassifierConfig
     from .testbed.emoji_selection import CONFIG as EMOJI_SELECTION_CONFIG
     from .testbed.train_shiva import TESTBED_CONFIG
 
@@ -154,6 +162,7 @@ def parser() -> argparse.ArgumentParser:
         ("dense", _train_dense, DenseConfig(), "the dense diffusion model"),
         ("emoji", _train_emoji, EMOJI_CONFIG, "the dense model of the second testbed, captions to emoji"),
         ("emoji-selection", _train_emoji_selection, EMOJI_SELECTION_CONFIG, "router, policy and adapters for it"),
+        ("emoji-classifier", _train_emoji_classifier, EmojiClassifierConfig(), "the classifier behind its metrics"),
         ("classifier", _train_classifier, ClassifierConfig(), "the classifier behind the metrics"),
         ("testbed", _train_testbed, TESTBED_CONFIG, "router, policy and adapters of the testbed's model"),
     ):
@@ -162,7 +171,7 @@ def parser() -> argparse.ArgumentParser:
         if name == "emoji-selection":
             sub.add_argument("--dense-model", required=True, help="folder that 'shiva train emoji' wrote")
             sub.add_argument("--resume", action="store_true", help="go on from the last checkpoint in --out")
-        elif name != "emoji":
+        elif not name.startswith("emoji"):
             sub.add_argument("--data-dir", help="folder of the Fashion-MNIST .gz files")
         _add_config(sub, config)
         if name == "testbed":

@@ -42,7 +42,8 @@ class ClassifierConfig:
     seed: int = 0
 
 
-def _conv(inputs: int, outputs: int) -> nn.Sequential:
+def conv_block(inputs: int, outputs: int) -> nn.Sequential:
+    """A 3 x 3 convolution with batch norm and ReLU."""
     return nn.Sequential(
         nn.Conv2d(inputs, outputs, 3, padding=1, bias=False), nn.BatchNorm2d(outputs), nn.ReLU(inplace=True)
     )
@@ -54,10 +55,10 @@ class Classifier(nn.Module):
     def __init__(self):
         super().__init__()
         self.body = nn.Sequential(
-            _conv(1, 24), nn.MaxPool2d(2),
-            _conv(24, 48), nn.MaxPool2d(2),
-            _conv(48, FEATURES), nn.MaxPool2d(2),
-            _conv(FEATURES, FEATURES), _conv(FEATURES, FEATURES),
+            conv_block(1, 24), nn.MaxPool2d(2),
+            conv_block(24, 48), nn.MaxPool2d(2),
+            conv_block(48, FEATURES), nn.MaxPool2d(2),
+            conv_block(FEATURES, FEATURES), conv_block(FEATURES, FEATURES),
         )  # fmt: skip
         self.head = nn.Linear(FEATURES, len(CLASSES))
 

@@ -18,17 +18,17 @@ from safetensors.torch import load_file
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from .flow_training import DenseConfig, train_flow
+from .flow_training import DenseConfig, default_device, train_flow
 
-SIDE, PATCH = 64, 4
+SIDE, PATCH = 64, 2
 PROMPT_TOKENS, PROMPT_DIM = 12, 256
-CONFIG = DenseConfig(steps=6000, batch_size=32, lr=1e-3, warmup=300, decay=0.5, ema=0.9995)
+CONFIG = DenseConfig(steps=8000, batch_size=64, lr=1e-3, warmup=300, decay=0.5, ema=0.9995)
 TRANSFORMER_CONFIG = dict(
     sample_size=SIDE,
     patch_size=PATCH,
     in_channels=3,
     out_channels=3,
-    num_layers=7,
+    num_layers=6,
     num_attention_heads=3,
     attention_head_dim=64,
     joint_attention_dim=PROMPT_DIM,
@@ -109,47 +109,54 @@ def compose(pictures: Tensor, generator: torch.Generator) -> tuple[Tensor, Tenso
     """Put pictures uint8 [B,4,64,64] on plain backgrounds, a little smaller and at a random place.
 
     Returns:
-        images [B,3,64,64] in [-1, 1], and their alpha [B,1,64,64] in [0, 1].
+        images [B,3,64,64] in [-1, 1], and their alpha [B,1,64,64] in [0, 1], on the pictures' device.
     """
-    B = len(pictures)
+    B, device = len(pictures), pictures.device
     scale = 0.7 + 0.3 * torch.rand(B, generator=generator)
     shift = (torch.rand(B, 2, generator=generator) * 2 - 1) * (1 - scale)[:, None]
     theta = torch.zeros(B, 2, 3)
     theta[:, 0, 0] = theta[:, 1, 1] = 1 / scale
     theta[:, :, 2] = -shift / scale[:, None]
-    grid = F.affine_grid(theta, [B, 4, SIDE, SIDE], align_corners=False)
+    grid = F.affine_grid(theta.to(device), [B, 4, SIDE, SIDE], align_corners=False)
     placed = F.grid_sample(pictures.float() / 255, grid, align_corners=False)
-    background = torch.rand(B, 3, 1, 1, generator=generator)
+    background = torch.rand(B, 3, 1, 1, generator=generator).to(device)
     colours, alpha = placed[:, :3], placed[:, 3:]
     return (colours + (1 - alpha) * background) * 2 - 1, alpha
 
 
 def token_importance(alpha: Tensor) -> Tensor:
-    """Which tokens hold a part of the object: alpha [B,1,64,64] -> bool [B,256]."""
+    """Which tokens hold a part of the object: alpha [B,1,64,64] -> bool [B,1024]."""
     return F.max_pool2d(alpha, PATCH).flatten(1) > 0.5
 
 
-def batch_source(prompt_dropout: float):
-    """``next_batch(count, generator)`` -> images, prompt tokens, pooled prompts."""
+def batch_source(prompt_dropout: float, device: torch.device | None = None):
+    """``next_batch(count, generator)`` -> images, prompt tokens, pooled prompts, all on the device."""
     pictures, captions = load_pictures()
     encoder = TextEncoder()
-    tokens, pooled = encoder.encode(captions)
-    empty_tokens, empty_pooled = encoder.encode([""])
+    pictures, *prompts = (t.to(device) for t in (pictures, *encoder.encode(captions)))
+    empty = [t.to(device) for t in encoder.encode([""])]
 
     def next_batch(count: int, generator: torch.Generator) -> tuple[Tensor, Tensor, Tensor]:
-        drawn = torch.randint(len(pictures), (count,), generator=generator)
+        drawn = torch.randint(len(pictures), (count,), generator=generator).to(pictures.device)
         images, _ = compose(pictures[drawn], generator)
-        dropped = torch.rand(count, generator=generator) < prompt_dropout
-        own_tokens = torch.where(dropped[:, None, None], empty_tokens, tokens[drawn])
-        return images, own_tokens, torch.where(dropped[:, None], empty_pooled, pooled[drawn])
+        dropped = (torch.rand(count, generator=generator) < prompt_dropout).to(pictures.device)
+        tokens, pooled = (
+            torch.where(dropped.view(-1, *[1] * (each.ndim - 1)), none, each[drawn])
+            for each, none in zip(prompts, empty, strict=True)
+        )
+        return images, tokens, pooled
 
     return next_batch
 
 
 def train(config: DenseConfig, out: str | os.PathLike) -> None:
-    """Train the dense model and write it to ``out/transformer``. Resumes from ``out/checkpoints``."""
+    """Train the dense model, on a GPU if there is one, and write it to ``out/transformer``.
+
+    Resumes from ``out/checkpoints``.
+    """
     torch.manual_seed(config.seed)
-    source = batch_source(config.prompt_dropout)
-    model = nn.ModuleDict({"transformer": SD3Transformer2DModel(**TRANSFORMER_CONFIG)})
+    device = default_device()
+    source = batch_source(config.prompt_dropout, device)
+    model = nn.ModuleDict({"transformer": SD3Transformer2DModel(**TRANSFORMER_CONFIG)}).to(device)
     average = train_flow(model, lambda _, count, generator: source(count, generator), config, Path(out))
     average["transformer"].to(torch.bfloat16).save_pretrained(Path(out) / "transformer")

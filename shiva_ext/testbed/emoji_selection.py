@@ -14,10 +14,10 @@ from shiva_ext.training.display import make_display
 from shiva_ext.training.trainer import Batch, ShivaTrainer
 
 from .emoji import TextEncoder, batch_source, compose, load_pictures, token_importance
-from .flow_training import flow_matching_batch
+from .flow_training import default_device, flow_matching_batch
 from .train_shiva import TESTBED_CONFIG
 
-CONFIG = replace(TESTBED_CONFIG, batch_size=16, micro_batches=2, joint_steps=2000)
+CONFIG = replace(TESTBED_CONFIG, batch_size=32, micro_batches=2, joint_steps=3000, adapter_rank=16)
 
 
 def load_dense(folder: str | os.PathLike, dtype: torch.dtype = torch.float32) -> SD3Transformer2DModel:
@@ -29,9 +29,10 @@ def load_dense(folder: str | os.PathLike, dtype: torch.dtype = torch.float32) ->
 
 
 def train(config: TrainConfig, out: str | os.PathLike, dense_model: str | os.PathLike, resume: bool = False) -> Path:
-    """Train router, policy and adapters for the dense model, and write the artefact to ``out``."""
-    transformer = load_dense(dense_model)
-    source = batch_source(config.prompt_dropout)
+    """Train router, policy and adapters for the dense model, on a GPU if there is one; write the artefact to ``out``."""
+    device = default_device()
+    transformer = load_dense(dense_model).to(device)
+    source = batch_source(config.prompt_dropout, device)
 
     def next_batch(count: int, generator: torch.Generator) -> Batch:
         images, tokens, pooled = source(count, generator)

@@ -43,10 +43,18 @@ class DenseConfig:
     seed: int = 0
 
 
+def default_device() -> torch.device:
+    """The GPU, if there is one."""
+    return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+
+
 def flow_matching_batch(images: Tensor, sigma: Tensor, generator: torch.Generator):
-    """Noise images [B, ...] to level sigma [B] in [0, 1]; returns (noisy, velocity target), as in SD3."""
-    noise = torch.randn(images.shape, generator=generator)
-    level = sigma.view(-1, *[1] * (images.ndim - 1))
+    """Noise images [B, ...] to level sigma [B] in [0, 1]; returns (noisy, velocity target), as in SD3.
+
+    The noise is drawn on the CPU, so that a seed means the same on every device.
+    """
+    noise = torch.randn(images.shape, generator=generator).to(images.device)
+    level = sigma.to(images.device).view(-1, *[1] * (images.ndim - 1))
     return (1 - level) * images + level * noise, noise - images
 
 
@@ -61,13 +69,14 @@ def train_flow(
     Goes on from ``out/checkpoints``, bit for bit on the CPU. Writes ``out/training.json``: settings, seconds, losses.
 
     Args:
-        model: holds an SD3 transformer.
+        model: holds an SD3 transformer; it is trained on the device where it lies.
         next_batch: ``next_batch(model, n, generator)`` gives images [n,C,H,W] in [-1, 1], prompt tokens [n,T,J] and
-            pooled prompts [n,P], prompts dropped out already.
+            pooled prompts [n,P] on that device, prompts dropped out already.
         config: see :class:`DenseConfig`.
         out: folder to write.
     """
     out.mkdir(parents=True, exist_ok=True)
+    device = next(model.parameters()).device
     model.train()
     average = copy.deepcopy(model).requires_grad_(False)
     optimizer = torch.optim.AdamW(model.parameters(), lr=0.0, betas=(0.9, 0.99), weight_decay=0.01)
@@ -94,8 +103,8 @@ def train_flow(
                 fall = (config.steps - step) / max(1, config.decay * config.steps)
                 group["lr"] = config.lr * min(1.0, (step + 1) / config.warmup, fall)
             # Logit-normal noise levels, as SD3 trains with.
-            sigma = torch.sigmoid(torch.randn(config.batch_size, generator=generator))
-            with torch.autocast("cpu", torch.bfloat16):
+            sigma = torch.sigmoid(torch.randn(config.batch_size, generator=generator)).to(device)
+            with torch.autocast(device.type, torch.bfloat16):
                 images, tokens, pooled = next_batch(model, config.batch_size, generator)
                 noisy, target = flow_matching_batch(images, sigma, generator)
                 velocity = model["transformer"](noisy, tokens, pooled, sigma * 1000, return_dict=False)[0]
@@ -123,6 +132,7 @@ def train_flow(
                 record = dict(config=asdict(config), curve=curve, running=running, seconds=spent)
                 checkpoint.write(folder, step, tensors, record, keep=2)
     record = dict(config=asdict(config), seconds=round(seconds + time.monotonic() - started), loss=curve)
+    record["device"] = torch.cuda.get_device_name() if device.type == "cuda" else "CPU"
     (out / "training.tmp").write_text(json.dumps(record))
     os.replace(out / "training.tmp", out / "training.json")
     return average
