@@ -1,16 +1,20 @@
 #include "checks.h"
 
 #include <cstdlib>
-#include <sstream>
+#include <string>
 
 namespace shiva {
 
+static std::string in_brackets(const std::vector<int64_t>& sizes) {
+  std::string text = "[";
+  for (size_t d = 0; d < sizes.size(); ++d) text += (d ? ", " : "") + std::to_string(sizes[d]);
+  return text + ']';
+}
+
 std::string shape_of(const Tensor& t) {
-  std::ostringstream text;
-  text << '[';
-  for (int64_t d = 0; d < t.dim(); ++d) text << (d ? ", " : "") << t.size(d);
-  text << ']';
-  return text.str();
+  std::vector<int64_t> sizes;
+  for (int64_t d = 0; d < t.dim(); ++d) sizes.push_back(t.size(d));
+  return in_brackets(sizes);
 }
 
 const char* dtype_name(ScalarType type) {
@@ -56,12 +60,8 @@ void check_dim(const char* op, const char* name, const Tensor& t, int64_t dim, P
 void check_shape(const char* op, const char* name, const Tensor& t, const std::vector<int64_t>& sizes, Place place) {
   check_place(op, name, t, place);
   bool same = t.dim() == static_cast<int64_t>(sizes.size());
-  std::ostringstream wanted;
-  for (size_t d = 0; d < sizes.size(); ++d) {
-    same = same && t.size(static_cast<int64_t>(d)) == sizes[d];
-    wanted << (d ? ", " : "") << sizes[d];
-  }
-  SHIVA_CHECK(same, op, name, " must have shape [", wanted.str(), "], got ", shape_of(t));
+  for (size_t d = 0; same && d < sizes.size(); ++d) same = t.size(static_cast<int64_t>(d)) == sizes[d];
+  SHIVA_CHECK(same, op, name, " must have shape ", in_brackets(sizes), ", got ", shape_of(t));
 }
 
 void check_same_dtype(const char* op, const char* name, const Tensor& t, const char* other_name, const Tensor& other) {

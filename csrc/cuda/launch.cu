@@ -19,7 +19,7 @@ Stream current_stream(const Tensor& t) {
   }();
   STD_TORCH_CHECK(get != nullptr, "shiva: this torch has CUDA tensors but no libtorch_cuda.so; reinstall torch");
   void* stream = nullptr;
-  STABLE_TORCH_ERROR_CODE_CHECK(get(t.get_device_index(), &stream));
+  TORCH_ERROR_CODE_CHECK(get(t.get_device_index(), &stream));
   return static_cast<Stream>(stream);
 }
 
