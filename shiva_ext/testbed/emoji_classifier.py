@@ -1,6 +1,6 @@
 """Which caption does a picture of the second testbed show? The features behind its quality metrics.
 
-A classifier over all captions, trained on the same pictures on the same kinds of background as the dense model.
+A classifier over the captions of all of Twemoji, not the testbed's alone, on the same kinds of background.
 """
 
 import json
@@ -108,7 +108,7 @@ def train(config: EmojiClassifierConfig, out: str | os.PathLike) -> dict:
     out.mkdir(parents=True, exist_ok=True)
     torch.manual_seed(config.seed)
     device = default_device()
-    pictures, captions = load_pictures()
+    pictures, captions = load_pictures(everything=True)
     pictures = pictures.to(device)
     model = EmojiClassifier(captions).to(device, memory_format=torch.channels_last).train()
     average = torch.optim.swa_utils.AveragedModel(

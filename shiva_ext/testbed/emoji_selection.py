@@ -29,7 +29,10 @@ def load_dense(folder: str | os.PathLike, dtype: torch.dtype = torch.float32) ->
 
 
 def train(config: TrainConfig, out: str | os.PathLike, dense_model: str | os.PathLike, resume: bool = False) -> Path:
-    """Train router, policy and adapters for the dense model, on a GPU if there is one; write the artefact to ``out``."""
+    """Train router, policy and adapters for the dense model and write the artefact to ``out``.
+
+    On a GPU if there is one.
+    """
     device = default_device()
     transformer = load_dense(dense_model).to(device)
     source = batch_source(config.prompt_dropout, device)

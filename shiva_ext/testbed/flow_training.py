@@ -79,6 +79,9 @@ def train_flow(
     device = next(model.parameters()).device
     model.train()
     average = copy.deepcopy(model).requires_grad_(False)
+    if device.type == "cuda":  # small kernels: the host cannot start them as fast as they end
+        for block in model["transformer"].transformer_blocks:
+            block.compile()
     optimizer = torch.optim.AdamW(model.parameters(), lr=0.0, betas=(0.9, 0.99), weight_decay=0.01)
     step, curve, running, seconds = 0, [], [], 0.0
     folder = out / "checkpoints"
@@ -118,13 +121,16 @@ def train_flow(
                 pairs = list(zip(average.parameters(), model.parameters(), strict=True))
                 torch._foreach_lerp_([a for a, _ in pairs], [m for _, m in pairs], 1 - decay)
             step += 1
-            running.append(loss.item())
+            running.append(loss.detach())
             bar.update()
+            due = step % config.checkpoint_every == 0 or step == config.steps
+            if step % 50 == 0 or due:  # not each step: to read one waits for the device
+                running = [float(each) for each in running]
             if step % 50 == 0 or step == config.steps:
                 curve.append([step, round(sum(running) / len(running), 5)])
                 running = []
                 bar.set_postfix(loss=curve[-1][1])
-            if step % config.checkpoint_every == 0 or step == config.steps:
+            if due:
                 tensors = {f"model.{k}": v for k, v in model.state_dict().items()}
                 tensors |= {f"average.{k}": v for k, v in average.state_dict().items()}
                 tensors |= {f"optimizer.{k}": v for k, v in checkpoint.flatten(optimizer).items()}
