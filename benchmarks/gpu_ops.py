@@ -133,6 +133,15 @@ def check(name: str, arguments: tuple) -> None:
             sys.exit(f"gpu_ops: {name} is off by {error:.3g} of its largest value; not timed")
 
 
+def save(path: str, content: dict) -> None:
+    """Write the rows so far: the compilations take minutes."""
+    file = Path(path)
+    file.parent.mkdir(parents=True, exist_ok=True)
+    temporary = file.with_suffix(".tmp")
+    temporary.write_text(json.dumps({"command": f"python {' '.join(sys.argv)}", **content}, indent=1) + "\n")
+    os.replace(temporary, file)
+
+
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--rows", type=int, default=2)
@@ -178,13 +187,8 @@ def main() -> int:
                 "others_us": {other: median_seconds(call, scratch) * 1e6 for other, call in others.items()},
             }
             rows.append(row)
+            save(args.out, {"gpu": device.name, "torch": torch.__version__, "rows": rows})
     print_rows(rows)
-    content = {"command": f"python {' '.join(sys.argv)}", "gpu": device.name, "torch": torch.__version__, "rows": rows}
-    path = Path(args.out)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_suffix(".tmp")
-    temporary.write_text(json.dumps(content, indent=1) + "\n")
-    os.replace(temporary, path)
     return 0
 
 
