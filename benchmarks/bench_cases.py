@@ -244,9 +244,10 @@ def router_score(quick: bool) -> Iterator[Case]:
             scores = reference.router_score(*leaves)
             return torch.autograd.grad(scores, leaves[:-1], grad.double())
 
+        projection = shiva.router_score_and_projection(*arguments)[1]
         yield Case(
             *("router_score backward", (B, N, D), _name(dtype)),
-            lambda g=grad, a=arguments: shiva.router_score_backward(g, *a),
+            lambda g=grad, a=arguments, p=projection: shiva.router_score_backward(g, *a, p),
             exact,
             {"F.linear's backward": lambda x=x, w=w_in, g=hidden_grad: (g @ w, g.T @ x.flatten(0, 1))},
             tolerance=4 * _tolerance(dtype) * max(1.0, B * N / 1024) ** 0.5,  # of sums over all tokens

@@ -41,9 +41,15 @@ inline void define_ops(torch::stable::detail::StableLibrary& m) {
   m.def(
       "router_score(Tensor x, Tensor context, Tensor w_in, Tensor ln_weight, Tensor ln_bias, Tensor w_out, float eps) "
       "-> Tensor");
+  // The same, and x w_in^T [B, N, H] for its backward, which then need not compute it again; on a GPU, where that costs
+  // less than to keep it, [0].
+  m.def(
+      "router_score_and_projection(Tensor x, Tensor context, Tensor w_in, Tensor ln_weight, Tensor ln_bias, "
+      "Tensor w_out, float eps) -> (Tensor score, Tensor projection)");
   m.def(
       "router_score_backward(Tensor grad, Tensor x, Tensor context, Tensor w_in, Tensor ln_weight, Tensor ln_bias, "
-      "Tensor w_out, float eps) -> (Tensor grad_x, Tensor grad_context, Tensor grad_w_in, Tensor grad_ln_weight, "
+      "Tensor w_out, float eps, Tensor? projection=None) -> (Tensor grad_x, Tensor grad_context, Tensor grad_w_in, "
+      "Tensor grad_ln_weight, "
       "Tensor grad_ln_bias, Tensor grad_w_out)");
 
   // LayerNorm of gathered rows, * (1 + scale [B, D]) + shift [B, D].

@@ -246,8 +246,14 @@ def _(x, context, w_in, ln_weight, ln_bias, w_out, eps):
     return x.new_empty(x.shape[:2], dtype=_acc(x))
 
 
+@register_fake("shiva::router_score_and_projection")
+def _(x, context, w_in, ln_weight, ln_bias, w_out, eps):
+    size = (*x.shape[:2], w_in.shape[0]) if x.device.type == "cpu" else (0,)
+    return x.new_empty(x.shape[:2], dtype=_acc(x)), x.new_empty(size)
+
+
 @register_fake("shiva::router_score_backward")
-def _(grad, x, context, w_in, ln_weight, ln_bias, w_out, eps):
+def _(grad, x, context, w_in, ln_weight, ln_bias, w_out, eps, projection=None):
     inputs = (x, context, w_in, ln_weight, ln_bias, w_out)
     return tuple(torch.empty(t.shape, dtype=t.dtype, device=t.device) for t in inputs)
 
@@ -264,6 +270,20 @@ def _router_score_backward(ctx, grad):
 register_autograd("shiva::router_score", _router_score_backward, setup_context=_router_score_setup)
 
 
+def _projection_setup(ctx, inputs, output):
+    *tensors, ctx.eps = inputs
+    ctx.save_for_backward(*tensors, output[1])
+    ctx.mark_non_differentiable(output[1])
+
+
+def _projection_backward(ctx, grad, _):
+    *tensors, projection = ctx.saved_tensors
+    return *_ops.router_score_backward(grad, *tensors, ctx.eps, projection), None
+
+
+register_autograd("shiva::router_score_and_projection", _projection_backward, setup_context=_projection_setup)
+
+
 def _router_score_autocast(dtype, x, context, w_in, ln_weight, ln_bias, w_out, eps):
     if x.dtype == torch.float64:
         return x, context, w_in, ln_weight, ln_bias, w_out, eps
@@ -272,6 +292,7 @@ def _router_score_autocast(dtype, x, context, w_in, ln_weight, ln_bias, w_out, e
 
 
 _register_autocast("router_score", _router_score_autocast)
+_register_autocast("router_score_and_projection", _router_score_autocast)
 
 
 # gather_modulate

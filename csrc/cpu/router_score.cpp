@@ -1,5 +1,6 @@
 #include <algorithm>
 #include <memory>
+#include <optional>
 
 #include "cpu/gemm_kernels.h"
 #include "cpu/launch.h"
@@ -78,15 +79,10 @@ Tensor flatten_tokens(const Router& r, const Tensor& x) {
   return torch::stable::reshape(torch::stable::contiguous(x), {r.B * r.N, r.D});
 }
 
-// -> [B, N], float32 (float64 for float64)
-Tensor router_score(
-    const Tensor& x, const Tensor& context, const Tensor& w_in, const Tensor& ln_weight, const Tensor& ln_bias,
-    const Tensor& w_out, double eps) {
-  const Router r = check("router_score", x, context, w_in, ln_weight, ln_bias, w_out, eps);
-  Tensor scores = new_empty(x, {r.B, r.N}, accumulate_type(x));
-  if (scores.numel() == 0) return scores;
-  const Tensor hidden = project(r, flatten_tokens(r, x), w_in);
-  const int64_t row_bytes = r.H * static_cast<int64_t>(x.element_size());
+// hidden [B N, H] -> [B, N], float32 (float64 for float64)
+Tensor score(const Router& r, const Tensor& hidden, double eps) {
+  Tensor scores = new_empty(hidden, {r.B, r.N}, accumulate_type(hidden));
+  const int64_t row_bytes = r.H * static_cast<int64_t>(hidden.element_size());
   const int64_t acc_bytes = static_cast<int64_t>(scores.element_size());
   const int64_t chunks = ceil_div(r.N, kSumRows);
   parallel(r.B * chunks, 16 * row_bytes * kSumRows, [&](int64_t begin, int64_t end) {
@@ -100,6 +96,22 @@ Tensor router_score(
     }
   });
   return scores;
+}
+
+// -> [B, N], float32 (float64 for float64); x w_in^T [B, N, H]
+std::tuple<Tensor, Tensor> router_score_and_projection(
+    const Tensor& x, const Tensor& context, const Tensor& w_in, const Tensor& ln_weight, const Tensor& ln_bias,
+    const Tensor& w_out, double eps) {
+  const Router r = check("router_score", x, context, w_in, ln_weight, ln_bias, w_out, eps);
+  if (r.B * r.N == 0) return {new_empty(x, {r.B, r.N}, accumulate_type(x)), new_empty(x, {r.B, r.N, r.H})};
+  const Tensor hidden = project(r, flatten_tokens(r, x), w_in);
+  return {score(r, hidden, eps), torch::stable::reshape(hidden, {r.B, r.N, r.H})};
+}
+
+Tensor router_score(
+    const Tensor& x, const Tensor& context, const Tensor& w_in, const Tensor& ln_weight, const Tensor& ln_bias,
+    const Tensor& w_out, double eps) {
+  return std::get<0>(router_score_and_projection(x, context, w_in, ln_weight, ln_bias, w_out, eps));
 }
 
 // Sums the chunks' partials and finishes the gradients of the four small parameters, in double.
@@ -129,10 +141,14 @@ void finish(
 // grad [B, N] -> gradients of x, context, w_in, ln_weight, ln_bias, w_out, each in its argument's dtype
 std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> router_score_backward(
     const Tensor& grad, const Tensor& x, const Tensor& context, const Tensor& w_in, const Tensor& ln_weight,
-    const Tensor& ln_bias, const Tensor& w_out, double eps) {
+    const Tensor& ln_bias, const Tensor& w_out, double eps, const std::optional<Tensor>& projection) {
   constexpr char op[] = "router_score_backward";
   const Router r = check(op, x, context, w_in, ln_weight, ln_bias, w_out, eps);
   check_shape(op, "grad", grad, {r.B, r.N}, kPlace);
+  if (projection) {
+    check_shape(op, "projection", *projection, {r.B, r.N, r.H}, kPlace);
+    check_same_dtype(op, "projection", *projection, "x", x);
+  }
   const Tensor dense_grad = as_accumulate(op, "grad", grad, x);
   const ScalarType acc = accumulate_type(x);
   const int64_t chunks = ceil_div(r.N, kSumRows);
@@ -143,7 +159,10 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> router_score_backward
   Tensor grad_ln_bias = new_empty(x, {r.H}, acc);
   Tensor grad_w_out = new_empty(x, {r.H}, acc);
   const Tensor flat_x = flatten_tokens(r, x);
-  const Tensor hidden = project(r, flat_x, w_in);  // becomes the gradient at the pre-activation
+  // Becomes the gradient at the pre-activation.
+  const Tensor hidden = projection ? torch::stable::reshape(
+                                         torch::stable::clone(torch::stable::contiguous(*projection)), {r.B * r.N, r.H})
+                                   : project(r, flat_x, w_in);
   const int64_t row_bytes = r.H * static_cast<int64_t>(x.element_size());
   const int64_t acc_bytes = static_cast<int64_t>(dense_grad.element_size());
   parallel(r.B * chunks, 32 * row_bytes * kSumRows, [&](int64_t begin, int64_t end) {
@@ -176,5 +195,6 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> router_score_backward
 
 STABLE_TORCH_LIBRARY_IMPL(shiva, CPU, m) {
   m.impl("router_score", TORCH_BOX(&shiva::cpu::router_score));
+  m.impl("router_score_and_projection", TORCH_BOX(&shiva::cpu::router_score_and_projection));
   m.impl("router_score_backward", TORCH_BOX(&shiva::cpu::router_score_backward));
 }

@@ -68,6 +68,17 @@ SHIVA_DEVICE float load(f16 x) {
 }
 #endif
 
+// a * b, rounded, where the compiler would fuse it with the sum it goes into.
+#if defined(SHIVA_SIMT)
+template <typename A>
+inline A rounded_product(A a, A b) {
+  return a * b;
+}
+#else
+SHIVA_DEVICE float rounded_product(float a, float b) { return __fmul_rn(a, b); }
+SHIVA_DEVICE double rounded_product(double a, double b) { return __dmul_rn(a, b); }
+#endif
+
 template <typename T>
 SHIVA_DEVICE T store(acc_t<T> x);
 template <>

@@ -1,4 +1,5 @@
 #include <algorithm>
+#include <optional>
 
 #include "cuda/launch.h"
 #include "cuda/router_score_backward_kernel.cuh"
@@ -127,6 +128,13 @@ Tensor router_score(
   return scores;
 }
 
+// The projection is not kept: the product costs less than to write and read it, as the backward reads x anyway.
+std::tuple<Tensor, Tensor> router_score_and_projection(
+    const Tensor& x, const Tensor& context, const Tensor& w_in, const Tensor& ln_weight, const Tensor& ln_bias,
+    const Tensor& w_out, double eps) {
+  return {router_score(x, context, w_in, ln_weight, ln_bias, w_out, eps), torch::stable::new_empty(x, {0})};
+}
+
 struct Gradients {
   Tensor x, context, w_in, ln_weight, ln_bias, w_out;
 };
@@ -186,8 +194,9 @@ void backward(const Router& r, const Tensor& grad, const Gradients& out) {
 // grad [B, N] -> gradients of x, context, w_in, ln_weight, ln_bias, w_out, each in its argument's dtype
 std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> router_score_backward(
     const Tensor& grad, const Tensor& x, const Tensor& context, const Tensor& w_in, const Tensor& ln_weight,
-    const Tensor& ln_bias, const Tensor& w_out, double eps) {
+    const Tensor& ln_bias, const Tensor& w_out, double eps, const std::optional<Tensor>& projection) {
   constexpr char op[] = "router_score_backward";
+  if (projection) check_shape(op, "projection", *projection, {0}, kPlace);
   const RouterArguments checked = check_router_score(op, x, context, w_in, ln_weight, ln_bias, w_out, eps, kPlace);
   check_shape(op, "grad", grad, {checked.B, checked.N}, kPlace);
   const Guard guard(op, x, grad, context, w_in, ln_weight, ln_bias, w_out);
@@ -223,5 +232,6 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> router_score_backward
 
 SHIVA_REGISTER(m) {
   m.impl("router_score", TORCH_BOX(&shiva::cuda::router_score));
+  m.impl("router_score_and_projection", TORCH_BOX(&shiva::cuda::router_score_and_projection));
   m.impl("router_score_backward", TORCH_BOX(&shiva::cuda::router_score_backward));
 }

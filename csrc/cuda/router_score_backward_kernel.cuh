@@ -59,7 +59,7 @@ SHIVA_DEVICE void score_rows_backward(
       A grad_v = 0;
       if (valid) {
         const A v = hidden[r * stride + h] + shift, s = router_sigmoid(v);
-        const A normal = (v * s - mean_of[r]) * inverse_std_of[r];
+        const A normal = (router_silu(v, s) - mean_of[r]) * inverse_std_of[r];
         const A grad_a = grad_of[r] * inverse_std_of[r] * (weight - mean_weight - normal * mean_dot_of[r]);
         grad_v = grad_a * (s * (1 + v * (1 - s)));
         context_sum += grad_v;

@@ -183,6 +183,11 @@ struct RouterInput {
 
 SHIVA_DEVICE float router_sigmoid(float v) { return 1.0f / (1.0f + expf(-v)); }
 SHIVA_DEVICE double router_sigmoid(double v) { return 1.0 / (1.0 + exp(-v)); }
+// The same bits in the mean and in what the mean is taken from: equal channels cancel.
+template <typename A>
+SHIVA_DEVICE A router_silu(A v, A sigmoid) {
+  return rounded_product(v, sigmoid);
+}
 
 // Eight lanes work on a row of hidden.
 constexpr int kRowLanes = 8;
@@ -204,13 +209,14 @@ SHIVA_DEVICE RouterStatistics<A> router_statistics(const RouterInput<T>& in, A* 
   const int first = static_cast<int>(threadIdx.x) % kRowLanes, H = valid ? in.H : 0;
   A sum = 0, square = 0, dot = 0;
   for (int h = first; h < H; h += kRowLanes) {
-    const A v = hidden[h] + context[h], a = v * router_sigmoid(v);
+    const A v = hidden[h] + context[h], a = router_silu(v, router_sigmoid(v));
     if (kKeep) hidden[h] = a;
     sum += a;
   }
   const A mean = router_row_sum(sum) / static_cast<A>(in.H);
   for (int h = first; h < H; h += kRowLanes) {
-    const A v = kKeep ? hidden[h] : hidden[h] + context[h], centred = (kKeep ? v : v * router_sigmoid(v)) - mean;
+    const A v = kKeep ? hidden[h] : hidden[h] + context[h];
+    const A centred = (kKeep ? v : router_silu(v, router_sigmoid(v))) - mean;
     square += centred * centred;
     dot += centred * (in.ln_weight[h] * in.w_out[h]);
   }

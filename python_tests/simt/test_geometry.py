@@ -242,3 +242,15 @@ def test_router_score_takes_the_smallest_tile_that_holds_the_hidden_layer(simula
     found = launches(simulated, lambda: call(grad, x, context, w_in, small, small, small, EPS))
     hidden = wanted.replace("score_wide", "wide_backward").replace("router_score", "router_hidden_backward")
     assert any(re.fullmatch(hidden, launch) for launch in found), found
+
+
+def test_the_router_keeps_no_projection_on_a_gpu(simulated):
+    x, w_in, context, small = torch.randn(2, 9, 16), torch.randn(8, 16), torch.randn(2, 8), torch.randn(8)
+    arguments = (x, context, w_in, small, small, small, EPS)
+    score, projection = torch.ops.shiva_simt.router_score_and_projection(*arguments)
+    assert torch.equal(score, torch.ops.shiva_simt.router_score(*arguments)) and projection.shape == (0,)
+    backward, grad = torch.ops.shiva_simt.router_score_backward, torch.randn(2, 9)
+    for got, wanted in zip(backward(grad, *arguments, projection), backward(grad, *arguments), strict=True):
+        assert torch.equal(got, wanted)
+    with pytest.raises(RuntimeError, match=r"projection must have shape \[0\], got \[2, 9, 8\]"):
+        backward(grad, *arguments, torch.randn(2, 9, 8))
