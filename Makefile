@@ -24,6 +24,8 @@ endif
 demo: build
 	@echo "== generating dense and pruned images =="
 	$(BIN)/shiva demo
+	@echo "== from captions, in colour =="
+	$(BIN)/shiva demo --prompts
 
 test: build simt
 	@echo "== running the tests =="

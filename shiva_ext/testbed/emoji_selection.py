@@ -15,13 +15,18 @@ from shiva_ext.training.trainer import Batch, ShivaTrainer
 
 from .emoji import TextEncoder, batch_source, compose, load_pictures, token_importance
 from .flow_training import default_device, flow_matching_batch
+from .model import ASSETS
 from .train_shiva import TESTBED_CONFIG
 
 CONFIG = replace(TESTBED_CONFIG, batch_size=32, micro_batches=2, joint_steps=3000, adapter_rank=16)
 
 
-def load_dense(folder: str | os.PathLike, dtype: torch.dtype = torch.float32) -> SD3Transformer2DModel:
-    """The dense model that :func:`shiva_ext.testbed.emoji.train` wrote."""
+# What ships with the package.
+DENSE, ARTEFACT = ASSETS / "emoji_dense", ASSETS / "emoji60"
+
+
+def load_dense(folder: str | os.PathLike = DENSE, dtype: torch.dtype = torch.float32) -> SD3Transformer2DModel:
+    """The dense model that :func:`shiva_ext.testbed.emoji.train` wrote; by default the one that ships."""
     path = Path(folder) / "transformer"
     if not path.is_dir():
         raise FileNotFoundError(f"shiva_ext: there is no model in {path}; train one with 'shiva train emoji'")
@@ -115,7 +120,9 @@ def _compare(sigma: float, layer: int, kept: Tensor, important: Tensor) -> Agree
     )
 
 
-def report(dense_model: str | os.PathLike, source: str | os.PathLike, images: int = 256) -> list[Agreement]:
+def report(
+    dense_model: str | os.PathLike = DENSE, source: str | os.PathLike = ARTEFACT, images: int = 256
+) -> list[Agreement]:
     """Print recall and precision of an artefact's kept tokens by noise level (rows) and layer (columns)."""
     from rich.console import Console
     from rich.table import Table
