@@ -10,6 +10,7 @@ from models import families, test_flux, test_pixart, tiny
 import shiva_ext
 from shiva_ext.training.config import TrainConfig
 from shiva_ext.training.objectives import objective_for
+from shiva_ext.training.observe import probe
 from shiva_ext.training.recipes import RECIPES, _pack, _unpack, recipe_for
 from shiva_ext.training.trainer import Batch, ShivaTrainer
 
@@ -82,7 +83,7 @@ def test_all_stages_train_and_the_artefact_can_be_enabled(name, checkpointing, t
     adapters = trainer._adapter_weights()
     changed = [key for key, p in adapters.items() if "lora_B" in key and p.any()]
     assert changed and all("blocks." in key for key in adapters)
-    probes = trainer.probe()
+    probes = probe(trainer)
     assert len(probes) == 3 and all(probe["kept"] for probe in probes)
     trainer.export(tmp_path)
     trainer.close()

@@ -10,7 +10,7 @@ import torch
 from accelerate import Accelerator
 
 from .. import __version__
-from . import checkpoint
+from . import checkpoint, observe
 from .config import FREE, TrainConfig
 from .data import find_samples
 from .display import make_display
@@ -91,7 +91,7 @@ def _pictures(
     def draw(trainer: ShivaTrainer, done: int) -> None:
         if done % config.sample_every:
             return
-        drawn = trainer.draw(conditions, noise)
+        drawn = observe.draw(trainer, conditions, noise)
         if main:
             vae.to(trainer.device)
             rows = [trainer.recipe.decode_images(vae, latents) for latents in drawn]
@@ -212,7 +212,7 @@ def _fit(
         )
         try:
             trainer.run(out / "checkpoints", resume)
-            probes = trainer.probe()  # by all: the weights may be shared out
+            probes = observe.probe(trainer)  # by all: the weights may be shared out
             if state.is_main_process:
                 source = {"model": run["model"], "revision": run["revision"], "shiva_ext": __version__}
                 write_report(out / "report.html", trainer.export(out, source), run, probes)

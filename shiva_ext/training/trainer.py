@@ -3,8 +3,7 @@
 import math
 import os
 import time
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from dataclasses import asdict, replace
 from pathlib import Path
 from typing import NamedTuple
@@ -28,9 +27,8 @@ from .merged_adapters import multiply_merged
 from .objectives import FlowMatching, Objective
 from .processes import average, gather_gradients, rank, shard, unsharded, world
 from .recipes import Recipe, recipe_for
-from .samples import sample
 from .sampling import derive_seed, shared_ratios, stratified_ratios, stratified_timesteps
-from .stages import adapters_off, run_student, run_teacher
+from .stages import run_student, run_teacher
 
 
 class Batch(NamedTuple):
@@ -41,20 +39,6 @@ class Batch(NamedTuple):
 
 
 STAGES = ("router", "policy", "joint")
-
-
-class _Listener:
-    """A selector whose scores are kept."""
-
-    def __init__(self, selector: ShivaArtifact):
-        self.selector, self.seen = selector, {}
-
-    def __getattr__(self, name: str):
-        return getattr(self.selector, name)
-
-    def scores(self, layer: int, *args) -> Tensor:
-        self.seen[layer] = self.selector.scores(layer, *args)
-        return self.seen[layer]
 
 
 class ShivaTrainer:
@@ -389,57 +373,6 @@ class ShivaTrainer:
         if self.history:
             self.history[-1]["seconds"] = round(time.monotonic() - started)
         self.display.close()
-
-    @torch.no_grad()
-    def probe(self, levels: tuple[float, ...] = (0.25, 0.5, 0.75), samples: int = 2) -> list[dict]:
-        """Scores and kept tokens of a few training samples at these noise levels, as the report shows them."""
-        found = []
-        for sigma in levels:
-            generator = torch.Generator().manual_seed(derive_seed(self.config.seed, "probe"))
-            batch = self.next_batch(samples, generator)
-            noise = torch.randn(batch.latents.shape, generator=generator).to(self.device)
-            sigmas = torch.full((samples,), sigma, device=self.device)
-            noisy = self.objective.noisy(batch.latents.to(self.device), noise, sigmas)
-            conditions = {name: value.to(self.device) for name, value in batch.conditions.items()}
-            inputs = self.recipe.inputs(self.transformer, noisy, self.objective.timestep(sigmas), conditions)
-            with self.pruned() as listener:
-                self.state.at(sigma, fixed=True)
-                self.state.recording, self.state.records = True, []
-                self.transformer(**inputs, return_dict=False)
-                kept = self.state.records[0]["kept"]
-            scores = {layer: value.float().cpu() for layer, value in listener.seen.items()}
-            height, width = noisy.shape[-2:]
-            tokens = next(iter(listener.seen.values())).shape[1] if listener.seen else 0
-            patch = math.isqrt(height * width // tokens) if tokens else 0
-            grid = (height // patch, width // patch) if patch and height * width == tokens * patch**2 else None
-            found.append({"sigma": sigma, "grid": grid, "scores": scores, "kept": kept})
-        return found
-
-    @contextmanager
-    def pruned(self) -> Iterator[_Listener]:
-        """The model as the artefact of this moment would make it; gives the selector, which keeps its scores."""
-        selector = self.state.selector
-        self.state.selector = _Listener(replace(self.artifact, table=self.table()))
-        try:
-            with torch.autocast(self.device.type, torch.bfloat16, enabled=self.config.precision == "bf16"):
-                yield self.state.selector
-        finally:
-            self.state.selector, self.state.recording, self.state.records = selector, False, []
-            self.state.forget()
-
-    def draw(self, conditions: dict[str, Tensor], noise: Tensor, steps: int = 20) -> tuple[Tensor, Tensor]:
-        """The dense model's and the pruned one's latents from the same noise [B,...]."""
-        conditions = {name: value.to(self.device) for name, value in conditions.items()}
-        arguments = (self.transformer, self.recipe, self.objective, conditions, noise.to(self.device), steps)
-        self.state.active = False
-        try:
-            with adapters_off(self.transformer):
-                with torch.autocast(self.device.type, torch.bfloat16, enabled=self.config.precision == "bf16"):
-                    dense = sample(*arguments)
-        finally:
-            self.state.active = True
-        with self.pruned():
-            return dense, sample(*arguments)
 
     def table(self) -> RatioTable:
         """The policy's ratios at even noise levels, moved to the budget."""
