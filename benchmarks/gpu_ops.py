@@ -134,10 +134,9 @@ def check(name: str, arguments: tuple) -> None:
 
 
 def save(path: str, content: dict) -> None:
-    """Write the rows so far: the compilations take minutes."""
     file = Path(path)
     file.parent.mkdir(parents=True, exist_ok=True)
-    temporary = file.with_suffix(".tmp")
+    temporary = Path(f"{path}.tmp")
     temporary.write_text(json.dumps({"command": f"python {' '.join(sys.argv)}", **content}, indent=1) + "\n")
     os.replace(temporary, file)
 
@@ -187,8 +186,10 @@ def main() -> int:
                 "others_us": {other: median_seconds(call, scratch) * 1e6 for other, call in others.items()},
             }
             rows.append(row)
-            save(args.out, {"gpu": device.name, "torch": torch.__version__, "rows": rows})
+            # The compilations take minutes: what is measured so far is kept beside the last whole run.
+            save(f"{args.out}.partial", {"gpu": device.name, "torch": torch.__version__, "rows": rows})
     print_rows(rows)
+    os.replace(f"{args.out}.partial", args.out)
     return 0
 
 

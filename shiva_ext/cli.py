@@ -169,7 +169,7 @@ def parser() -> argparse.ArgumentParser:
         ("dense", _train_dense, DenseConfig(), "the dense diffusion model"),
         ("emoji", _train_emoji, EMOJI_CONFIG, "the dense model of the second testbed, captions to emoji"),
         ("emoji-selection", _train_emoji_selection, EMOJI_SELECTION_CONFIG, "router, policy and adapters for it"),
-        ("emoji-classifier", _train_emoji_classifier, EmojiClassifierConfig(), "the classifier behind its metrics"),
+        ("emoji-classifier", _train_emoji_classifier, EmojiClassifierConfig(), "the classifier of its pictures"),
         ("classifier", _train_classifier, ClassifierConfig(), "the classifier behind the metrics"),
         ("testbed", _train_testbed, TESTBED_CONFIG, "router, policy and adapters of the testbed's model"),
     ):

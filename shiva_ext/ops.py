@@ -154,7 +154,7 @@ def router_score(
     of the backward's time. That form is the op ``router_score_and_projection``.
     """
     arguments = (x, context, w_in, ln_weight, ln_bias, w_out, eps)
-    if torch.is_grad_enabled() and any(t.requires_grad for t in arguments[:-1]):
+    if torch.is_grad_enabled() and any(torch.is_tensor(t) and t.requires_grad for t in arguments):
         return _ops.router_score_and_projection(*arguments)[0]
     return _ops.router_score(*arguments)
 

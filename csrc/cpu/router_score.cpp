@@ -102,6 +102,7 @@ Tensor score(const Router& r, const Tensor& hidden, double eps) {
 std::tuple<Tensor, Tensor> router_score_and_projection(
     const Tensor& x, const Tensor& context, const Tensor& w_in, const Tensor& ln_weight, const Tensor& ln_bias,
     const Tensor& w_out, double eps) {
+  // The wrapper chooses between the two ops: the message names what the user called.
   const Router r = check("router_score", x, context, w_in, ln_weight, ln_bias, w_out, eps);
   if (r.B * r.N == 0) return {new_empty(x, {r.B, r.N}, accumulate_type(x)), new_empty(x, {r.B, r.N, r.H})};
   const Tensor hidden = project(r, flatten_tokens(r, x), w_in);

@@ -81,7 +81,7 @@ def dense(tmp_path_factory):
     """A dense model after two steps, on a tiny scale."""
     folder = tmp_path_factory.mktemp("dense")
     with pytest.MonkeyPatch.context() as patch:
-        small = dict(num_layers=3, num_attention_heads=1, caption_projection_dim=64)
+        small = dict(num_layers=3, num_attention_heads=2, attention_head_dim=32, caption_projection_dim=64)
         patch.setattr(emoji, "TRANSFORMER_CONFIG", emoji.TRANSFORMER_CONFIG | small)
         emoji.train(DenseConfig(steps=2, batch_size=4), folder)
     return folder

@@ -56,7 +56,7 @@ def compare(
 
     Args:
         load: gives the dense transformer in a dtype.
-        variants: name and artefact; None is the dense model, which comes first.
+        variants: name and artefact; ("dense", None) comes first.
         call: gives a pipeline's images.
         text_tokens: of a prompt.
         title: of the table.

@@ -1,4 +1,4 @@
-"""Which caption does a picture of the second testbed show? The features behind its quality metrics.
+"""Which caption does a picture of the second testbed show?
 
 A classifier over the captions of all of Twemoji, not the testbed's alone, on the same kinds of background.
 """
@@ -132,15 +132,17 @@ def train(config: EmojiClassifierConfig, out: str | os.PathLike) -> dict:
         average.update_parameters(model)
     seconds = round(time.monotonic() - started)
     state = {k: v.half() if v.ndim > 1 else v for k, v in average.module.state_dict().items()}
-    save_file({k: v.cpu().contiguous() for k, v in state.items()}, out / f"{WEIGHTS}.tmp")
-    os.replace(out / f"{WEIGHTS}.tmp", out / WEIGHTS)
-    final = average.module.float().eval()
+    final = average.module.eval()
+    final.load_state_dict(state)  # what is written is what is measured
     images, _ = compose(pictures, torch.Generator().manual_seed(derive_seed(config.seed, "test")))
     _, found = final.measure(images)
     right = found == torch.arange(len(captions), device=device)[:, None]
     record = {"config": asdict(config), "seconds": seconds, "accuracy": right[:, 0].double().mean().item()}
     record |= {"accuracy_of_five": right.any(1).double().mean().item(), "captions": captions}
-    (out / RECORD).write_text(json.dumps(record) + "\n")
+    save_file({k: v.cpu().contiguous() for k, v in state.items()}, out / f"{WEIGHTS}.tmp")
+    (out / f"{RECORD}.tmp").write_text(json.dumps(record) + "\n")
+    for name in (WEIGHTS, RECORD):
+        os.replace(out / f"{name}.tmp", out / name)
     return record
 
 
@@ -151,8 +153,9 @@ def load_emoji_classifier(folder: str | os.PathLike | None = None) -> EmojiClass
         FileNotFoundError: the folder holds no classifier.
     """
     folder = Path(folder or ASSETS / "emoji_classifier")
-    if not (folder / WEIGHTS).is_file():
-        raise FileNotFoundError(f"{folder} holds no {WEIGHTS}: train it with 'shiva train emoji-classifier' first")
+    missing = [name for name in (WEIGHTS, RECORD) if not (folder / name).is_file()]
+    if missing:
+        raise FileNotFoundError(f"{folder} holds no {missing[0]}: train it with 'shiva train emoji-classifier' first")
     model = EmojiClassifier(json.loads((folder / RECORD).read_text())["captions"])
     model.load_state_dict(load_file(folder / WEIGHTS))
     return model.to(memory_format=torch.channels_last).eval().requires_grad_(False)

@@ -10,6 +10,7 @@ from torch import Tensor
 
 from .demo import compare, generate
 from .emoji import PATCH, PROMPT_TOKENS, SIDE, TextEncoder
+from .emoji_classifier import load_emoji_classifier
 from .emoji_selection import ARTEFACT, DENSE, load_dense
 
 # The last two are no pictures of the training set: words of several in a new order.
@@ -49,7 +50,7 @@ def draw(prompts: Sequence[str], images: dict[str, Tensor], share: Tensor, path:
     for axis in axes.flat:
         axis.set_xticks([])
         axis.set_yticks([])
-    figure.colorbar(shown, ax=axes[-1].tolist(), shrink=0.9, label="share of layers and steps")
+    figure.colorbar(shown, ax=axes[-1].tolist(), label="share of\nlayers, steps")
     temporary = path.with_suffix(".tmp.png")
     figure.savefig(temporary, dpi=110)
     os.replace(temporary, path)
@@ -71,6 +72,10 @@ def run(
     out.mkdir(parents=True, exist_ok=True)
     encoder = TextEncoder()
     prompted, unprompted = encoder.encode(list(prompts)), encoder.encode([""] * len(prompts))
+    if not Path(artefact).is_dir():
+        raise FileNotFoundError(
+            f"shiva_ext: there is no selection in {artefact}; train one with 'shiva train emoji-selection'"
+        )
     images, records, rows = compare(
         lambda dtype: load_dense(dense_model, dtype),
         (("dense", None), ("Shiva 60 %", artefact)),
@@ -79,5 +84,11 @@ def run(
         f"{len(prompts)} prompts, {steps} steps, guidance {GUIDANCE:g}",
     )
     draw(prompts, images, kept_share(records, len(prompts)), out / "emoji.png")
+    classifier = load_emoji_classifier()
+    known = [i for i, prompt in enumerate(prompts) if prompt in classifier.captions]
+    for name, batch in images.items():
+        _, five = classifier.measure(batch)
+        right = sum(prompts[i] in [classifier.captions[j] for j in five[i]] for i in known)
+        print(f"{name}: {right} of {len(known)} known captions are among the five that a classifier sees first")
     print(f"picture: {out / 'emoji.png'}")
     return rows

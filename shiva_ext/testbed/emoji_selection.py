@@ -36,9 +36,9 @@ def load_dense(folder: str | os.PathLike = DENSE, dtype: torch.dtype = torch.flo
 def train(config: TrainConfig, out: str | os.PathLike, dense_model: str | os.PathLike, resume: bool = False) -> Path:
     """Train router, policy and adapters for the dense model and write the artefact to ``out``.
 
-    On a GPU if there is one.
+    On a GPU if there is one, and if this build has the ops for it.
     """
-    device = default_device()
+    device = default_device(ops=True)
     transformer = load_dense(dense_model).to(device)
     source = batch_source(config.prompt_dropout, device)
 
@@ -91,6 +91,7 @@ def agreement(
         seed: of the pictures and the noise.
     """
     pictures, captions = load_pictures()
+    device = transformer.device
     generator = torch.Generator().manual_seed(seed)
     drawn = torch.randint(len(pictures), (images,), generator=generator)
     pixels, alpha = compose(pictures[drawn], generator)
@@ -99,9 +100,11 @@ def agreement(
     found = []
     with shiva_ext.enable(transformer, source, batched_guidance=False) as handle:
         for sigma in levels:
-            noisy, _ = flow_matching_batch(pixels, torch.full((images,), sigma), generator)
+            level = torch.full((images,), sigma)
+            noisy, _ = flow_matching_batch(pixels, level, generator)
             handle.record()
-            transformer(noisy, tokens, pooled, torch.full((images,), 1000 * sigma), return_dict=False)
+            inputs = (t.to(device) for t in (noisy, tokens, pooled, 1000 * level))
+            transformer(*inputs, return_dict=False)
             for layer, kept in handle.records[0]["kept"].items():
                 found.append(_compare(sigma, layer, kept, important))
     return found
@@ -132,10 +135,14 @@ def report(
     table = Table(title=f"kept tokens against the object: recall / precision (chance {found[0].chance:.2f})")
     table.add_column("noise level")
     for layer in layers:
-        table.add_column(f"layer {layer}")
+        table.add_column(f"layer {layer}", no_wrap=True)
     for sigma in sorted({each.sigma for each in found}):
         row = {each.layer: each for each in found if each.sigma == sigma}
         cells = (f"{row[i].recall:.2f} / {row[i].precision:.2f}" if i in row else "dense" for i in layers)
         table.add_row(f"{sigma:.1f}", *cells)
-    Console().print(table)
+    Console(width=100).print(table)
+    ratio, recall, precision = (
+        sum(getattr(x, n) for x in found) / len(found) for n in ("ratio", "recall", "precision")
+    )
+    print(f"mean: recall {recall:.2f}, precision {precision:.2f}; random tokens: {ratio:.2f}, {found[0].chance:.2f}")
     return found

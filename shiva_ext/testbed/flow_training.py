@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from tqdm import tqdm
 
+from shiva_ext import build_info
 from shiva_ext.training import checkpoint
 from shiva_ext.training.sampling import derive_seed
 
@@ -43,9 +44,10 @@ class DenseConfig:
     seed: int = 0
 
 
-def default_device() -> torch.device:
-    """The GPU, if there is one."""
-    return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+def default_device(ops: bool = False) -> torch.device:
+    """The GPU, if there is one; and if ``ops`` are wanted, only if this build has them for it."""
+    usable = torch.cuda.is_available() and (not ops or build_info()["cuda"] is not None)
+    return torch.device("cuda" if usable else "cpu")
 
 
 def flow_matching_batch(images: Tensor, sigma: Tensor, generator: torch.Generator):
@@ -66,7 +68,8 @@ def train_flow(
 ) -> nn.ModuleDict:
     """Train ``model["transformer"]``, and what else is in the model, and return the moving average of its weights.
 
-    Goes on from ``out/checkpoints``, bit for bit on the CPU. Writes ``out/training.json``: settings, seconds, losses.
+    Goes on from ``out/checkpoints``, bit for bit on the CPU. Writes ``out/training.json``: settings, seconds, losses,
+    device.
 
     Args:
         model: holds an SD3 transformer; it is trained on the device where it lies.
