@@ -22,7 +22,6 @@ from .sampling import GUIDANCE
 VARIANTS = (("dense", None), ("Shiva 80 %", ASSETS / "shiva80"), ("Shiva 60 %", ASSETS / "shiva60"))
 Prompts = tuple[torch.Tensor, torch.Tensor]  # tokens [B,T,J], pooled [B,P]
 MAP_STEPS = 5
-REPEATS = 3
 PIXELS_PER_LATENT = 8  # diffusers assumes an eightfold autoencoder where a pipeline has none
 
 
@@ -51,6 +50,7 @@ def compare(
     call: Callable[[object], torch.Tensor],
     text_tokens: int,
     title: str,
+    repeats: int = 3,
 ) -> tuple[dict[str, torch.Tensor], list[dict], dict[str, dict[str, float]]]:
     """Generate with each variant of a model, time them in turns, and print the table.
 
@@ -60,6 +60,7 @@ def compare(
         call: gives a pipeline's images.
         text_tokens: of a prompt.
         title: of the table.
+        repeats: timed calls of each.
 
     Returns:
         images by variant; what the last variant kept, step by step; the table's rows.
@@ -80,7 +81,7 @@ def compare(
         sigmas = [record["timestep"] / 1000 for record in records]
         summaries[name] = shiva_ext.summary(pipe, steps=sigmas, text_tokens=text_tokens)
     seconds: dict[str, list[float]] = {name: [] for name in pipes}
-    for _ in tqdm(range(REPEATS), desc="timing, interleaved"):
+    for _ in tqdm(range(repeats), desc="timing, interleaved"):
         for name, pipe in pipes.items():
             started = time.perf_counter()
             call(pipe)
