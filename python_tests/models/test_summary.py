@@ -100,6 +100,7 @@ def test_a_measured_run_tells_the_share_of_each_op(model, artifact, fused):
     assert shiva_ext.summary(model).op_shares is None
     calls = []
 
+    @torch.no_grad()
     def run():
         calls.append(model(**make_inputs()))
 
