@@ -157,12 +157,17 @@ def test_the_weights_that_ship_are_small():
     assert len(files) >= 4 and sum(file.stat().st_size for file in files) <= 20e6
 
 
-def test_the_demo_draws_what_was_asked_for_and_keeps_more_of_the_object(tmp_path, capsys):
-    prompts = ["red apple", "green apple", "octopus"]
-    rows = emoji_demo.run(tmp_path, steps=8, prompts=prompts)
+def test_the_demo_draws_what_was_asked_for(tmp_path, capsys):
+    rows = emoji_demo.run(tmp_path, steps=3, prompts=["red apple", "no emoji at all"])
     assert (tmp_path / "emoji.png").stat().st_size > 10_000
     assert rows["dense"]["kept"] == 1 and rows["Shiva 60 %"]["kept"] == pytest.approx(0.6, abs=0.02)
-    assert "3 prompts, 8 steps" in capsys.readouterr().out
+    said = capsys.readouterr().out
+    assert "2 prompts, 3 steps" in said and "of 1 known captions" in said
+
+
+def test_a_missing_selection_says_how_to_make_one(tmp_path):
+    with pytest.raises(FileNotFoundError, match="shiva train emoji-selection"):
+        emoji_demo.run(tmp_path, artefact=tmp_path / "none")
 
 
 def test_how_often_a_token_was_kept():
