@@ -134,6 +134,7 @@ def check(name: str, arguments: tuple) -> None:
 
 
 def save(path: str, content: dict) -> None:
+    """Write the command and content as JSON, whole or not at all."""
     file = Path(path)
     file.parent.mkdir(parents=True, exist_ok=True)
     temporary = Path(f"{path}.tmp")

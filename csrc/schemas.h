@@ -41,8 +41,8 @@ inline void define_ops(torch::stable::detail::StableLibrary& m) {
   m.def(
       "router_score(Tensor x, Tensor context, Tensor w_in, Tensor ln_weight, Tensor ln_bias, Tensor w_out, float eps) "
       "-> Tensor");
-  // The same, and x w_in^T [B, N, H] for its backward, which then need not compute it again; on a GPU, where that costs
-  // less than to keep it, [0].
+  // The same, and x w_in^T [B, N, H] for its backward, which then need not compute it again. The CUDA kernels keep
+  // none: [0] there.
   m.def(
       "router_score_and_projection(Tensor x, Tensor context, Tensor w_in, Tensor ln_weight, Tensor ln_bias, "
       "Tensor w_out, float eps) -> (Tensor score, Tensor projection)");

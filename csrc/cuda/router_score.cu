@@ -128,7 +128,7 @@ Tensor router_score(
   return scores;
 }
 
-// The projection is not kept: the product costs less than to write and read it, as the backward reads x anyway.
+// No projection, [0]: no kernel writes it yet. The backward computes it again, for which it reads x once more.
 std::tuple<Tensor, Tensor> router_score_and_projection(
     const Tensor& x, const Tensor& context, const Tensor& w_in, const Tensor& ln_weight, const Tensor& ln_bias,
     const Tensor& w_out, double eps) {

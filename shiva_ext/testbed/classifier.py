@@ -49,6 +49,31 @@ def conv_block(inputs: int, outputs: int) -> nn.Sequential:
     )
 
 
+@torch.no_grad()
+def measure_features(model: nn.Module, images: torch.Tensor, batch_size: int) -> torch.Tensor:
+    """``model.features`` of many images, clamped to [-1, 1] first as any saved picture would be.
+
+    Args:
+        model: a classifier with a linear layer ``head`` on its features.
+        images: float [M, C, H, W].
+        batch_size: images a forward pass.
+
+    Returns:
+        features, float32 [M, F].
+
+    Raises:
+        ValueError: the images have another shape than the model's, or hold values that are not finite.
+    """
+    if not torch.isfinite(images).all():
+        bad = (~torch.isfinite(images)).flatten(1).any(1).sum().item()
+        raise ValueError(
+            f"{type(model).__name__}.measure: {bad} of {len(images)} images hold NaN or infinite pixels; "
+            "the sampler has diverged (try fewer pruned tokens, float32, or a lower guidance)"
+        )
+    features = [model.features(part.float().clamp(-1, 1)) for part in images.split(batch_size)]
+    return torch.cat(features) if features else images.new_empty(0, model.head.in_features, dtype=torch.float32)
+
+
 class Classifier(nn.Module):
     """Five 3 x 3 convolutions with batch norm, global average pooling and one linear layer (0.2 M parameters)."""
 
@@ -98,14 +123,7 @@ class Classifier(nn.Module):
         Raises:
             ValueError: the images have another shape or hold values that are not finite.
         """
-        if not torch.isfinite(images).all():
-            bad = (~torch.isfinite(images)).flatten(1).any(1).sum().item()
-            raise ValueError(
-                f"Classifier.measure: {bad} of {len(images)} images hold NaN or infinite pixels; "
-                "the sampler has diverged (try fewer pruned tokens, float32, or a lower guidance)"
-            )
-        features = [self.features(part.float().clamp(-1, 1)) for part in images.split(batch_size)]
-        features = torch.cat(features) if features else torch.empty(0, FEATURES)
+        features = measure_features(self, images, batch_size)
         return features, self.head(features).argmax(1)
 
 

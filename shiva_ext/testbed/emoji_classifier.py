@@ -17,7 +17,7 @@ from tqdm import tqdm
 
 from shiva_ext.training.sampling import derive_seed
 
-from .classifier import RECORD, WEIGHTS, conv_block
+from .classifier import RECORD, WEIGHTS, conv_block, measure_features
 from .emoji import SIDE, compose, load_pictures
 from .flow_training import default_device
 from .model import ASSETS
@@ -90,11 +90,7 @@ class EmojiClassifier(nn.Module):
         Raises:
             ValueError: the images have another shape, or hold values that are not finite.
         """
-        if not torch.isfinite(images).all():
-            bad = (~torch.isfinite(images)).flatten(1).any(1).sum().item()
-            raise ValueError(f"EmojiClassifier.measure: {bad} of {len(images)} images hold NaN or infinite pixels")
-        features = [self.features(part.float().clamp(-1, 1)) for part in images.split(batch_size)]
-        features = torch.cat(features) if features else images.new_empty(0, FEATURES)
+        features = measure_features(self, images, batch_size)
         return features, self.head(features).topk(5, dim=1).indices
 
 
