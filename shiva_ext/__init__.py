@@ -22,7 +22,7 @@ _LAZY = {
     "save": "artifact",
     "summary": "_summary",
 }
-_SUBMODULES = ("bench", "evaluation", "models", "selection", "testbed", "training")
+_SUBMODULES = ("bench", "evaluation", "methods", "models", "selection", "testbed", "training")
 
 __all__ = [
     "Handle",

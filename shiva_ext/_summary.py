@@ -15,7 +15,8 @@ class Summary:
     Attributes:
         num_tokens: image tokens N.
         sigmas: noise level of each step, S of them.
-        kept: tokens that each of L layers processes at each step, [S][L].
+        kept: tokens that each of L layers processes at each step, [S][L]; of a method that merges around attention or
+            MLP alone, those that it leaves there.
         flops: operations of each step's forward for one sample, S of them.
         dense_flops: the same for the dense model.
         hooked: hooked layers.
@@ -71,6 +72,14 @@ class Summary:
         return "\n".join(lines)
 
 
+def _tokens(state: hooks.SelectionState, layer: int, N: int) -> int | tuple[int, int]:
+    """Tokens that a layer processes; of a method that merges, those of its attention and of its MLP."""
+    if state.method is None:
+        return state.tokens(layer, N)
+    found = state.method.tokens(layer, N, 1 - state.sigma)
+    return N if found == (N, N) else found
+
+
 def summary(
     pipe_or_transformer,
     num_tokens: int | None = None,
@@ -106,23 +115,26 @@ def summary(
     try:
         for sigma in sigmas:
             state.at(sigma)
-            kept.append(tuple(state.tokens(layer, num_tokens) for layer in range(len(state.quota))))
+            kept.append(tuple(_tokens(state, layer, num_tokens) for layer in range(len(state.quota))))
     finally:
         state.sigma, state.quota, state.fixed = before
     router = getattr(state.selector, "router", None)
     width = 0 if router is None else router.config.hidden
 
+    dim = state.adapter.dims(handle.transformer)["dim"]
+
     def flops(row):
-        pruned = {layer: k for layer, k in enumerate(row) if k < num_tokens}
-        return state.adapter.forward_flops(
+        pruned = {layer: k for layer, k in enumerate(row) if k != num_tokens}
+        total = state.adapter.forward_flops(
             handle.transformer, text_tokens, num_tokens, pruned, width, state.choosing(pruned)
         )
+        return total + (0 if state.method is None else len(pruned) * state.method.matching_flops(num_tokens, dim))
 
     shares = None if run is None else share_of_ops(run)
     return Summary(
         num_tokens,
         tuple(sigmas),
-        tuple(kept),
+        tuple(tuple(k if isinstance(k, int) else min(k) for k in row) for row in kept),
         tuple(flops(row) for row in kept),
         state.adapter.forward_flops(handle.transformer, text_tokens, num_tokens),
         handle.num_hooked,

@@ -17,6 +17,18 @@ def inject(model: nn.Module, config: LoraConfig) -> None:
     inject_adapter_in_model(config, model, adapter_name=NAME)
 
 
+def load(model: nn.Module, folder: Path | None) -> None:
+    """Copy an artefact's adapters into those that :func:`inject` made; None leaves them fresh."""
+    if folder is None:
+        return
+    result = set_peft_model_state_dict(model, load_file(folder / "adapter_model.safetensors"), adapter_name=NAME)
+    missing = [key for key in result.missing_keys if f".{NAME}" in key]
+    if result.unexpected_keys or missing:
+        raise ValueError(
+            f"shiva_ext: the adapter in {folder} does not fit this model's: {(result.unexpected_keys + missing)[0]!r}"
+        )
+
+
 def remove(model: nn.Module) -> None:
     """Take the "shiva" adapters out; a layer that had no other adapter gets its plain module back."""
     for name, module in list(model.named_modules()):

@@ -12,8 +12,10 @@ from torch import Tensor, nn
 
 from . import hooks
 from .adapter_weights import MergedAdapter
-from .artifact import BaselineSource, ShivaArtifact
+from .artifact import BaselineSource, MethodSource, ShivaArtifact
+from .methods import Method
 from .models import adapter_for
+from .reconstruct import CHOICES, IDENTITY
 from .scheduler_watch import SchedulerWatch
 from .selection import RatioTable, default_tile
 
@@ -27,7 +29,8 @@ class Handle:
         transformer: the hooked model.
         num_hooked: hooked blocks.
         records: while :meth:`record` is on, one entry per call of the transformer:
-            ``{"timestep": float, "kept": {layer: [B,k] int64}}``.
+            ``{"timestep": float, "kept": {layer: [B,k] int64}}``; for a method that merges, the tokens that stay
+            independent, and ``"sites": {layer: names}`` where it did.
     """
 
     def __init__(self, transformer: nn.Module, state: hooks.SelectionState):
@@ -124,17 +127,19 @@ def _selector(
     if isinstance(source, (str, os.PathLike)):
         source = ShivaArtifact.load(source)
     if not isinstance(source, ShivaArtifact):
-        baseline = hasattr(source, "ratio")
-        if not hasattr(source, "scores") or not (baseline or hasattr(source, "ratios")):
+        baseline, method = hasattr(source, "ratio"), isinstance(source, Method)
+        if not method and not hasattr(source, "scores") or not (baseline or hasattr(source, "ratios")):
             raise TypeError(
                 f"shiva_ext: source is a {type(source).__name__}, wanted an artefact's folder or hub id, a "
-                "ShivaArtifact, or a selector with ratios() and scores()"
+                "ShivaArtifact, a method of shiva_ext.methods, or a selector with ratios() and scores()"
             )
         if any(each is not None for each in (ratio, budget, sigmas, max_distinct_k, share_selection)):
             raise ValueError(
-                "shiva_ext: ratio, budget, sigmas, max_distinct_k and share_selection are for artefacts; this selector "
-                "has its own ratios, give it others"
+                "shiva_ext: ratio, budget, sigmas, max_distinct_k and share_selection are for artefacts; "
+                f"{type(source).__name__} has its own ratios, give it others"
             )
+        if method:
+            return MethodSource(source, dims["num_layers"])
         return BaselineSource(source, dims["num_layers"]) if baseline else source
     config, table = source.router.config, source.table
     wrong = [f"{k} {getattr(config, k)} (model: {v})" for k, v in dims.items() if getattr(config, k) != v]
@@ -183,6 +188,7 @@ def enable(
     batched_guidance: bool | None = None,
     adapter: bool = True,
     fused: bool = True,
+    reconstruct: str = IDENTITY,
     component: str = "transformer",
 ) -> Handle:
     """Make a model process only the tokens that matter.
@@ -192,7 +198,8 @@ def enable(
             taken from it, and a compiled transformer works without further calls. Where pipelines share a transformer,
             enable the one that runs next.
         source: an artefact's folder or hub id, a :class:`ShivaArtifact`, or a selector from
-            :mod:`shiva_ext.selection` such as ``RandomSelector(0.6)``.
+            :mod:`shiva_ext.selection` such as ``RandomSelector(0.6)``, or a method of :mod:`shiva_ext.methods` such as
+            ``ToMeSD(0.5)``.
         ratio: keep this share of the tokens in every layer and step instead of the learned schedule; 1 is dense.
         budget: keep the learned schedule's form, but move it to this mean share, without training. The token counts
             of all steps and layers then meet it to within one tile (of every step that shares it), at the model's own
@@ -215,6 +222,9 @@ def enable(
         fused: run blocks whose class is known in a form that gathers and normalises, and gates and scatters, in one
             pass each; equal to the wrapped block within rounding. :func:`summary` names blocks that run wrapped anyway,
             and why. False wraps every block.
+        reconstruct: what a block gives to tokens that it did not process: "identity" nothing, as the method has it;
+            "nearest" what it added to the nearest kept token of the image; "last" what it added to the same token when
+            it was last kept in this run, which takes a tensor [B,N,D] a block. Such blocks run wrapped.
         component: which of a pipeline's models; those that have two, such as Wan 2.2's, call the second one
             ``transformer_2``, and each wants an artefact of its own. :func:`disable` restores both.
 
@@ -237,14 +247,21 @@ def enable(
     for name, value in (("tile", tile), ("max_distinct_k", max_distinct_k)):
         if value is not None and value < 1:
             raise ValueError(f"shiva_ext: {name} is {value}, wanted at least 1")
+    if reconstruct not in CHOICES:
+        raise ValueError(f"shiva_ext: reconstruct is {reconstruct!r}, wanted one of {', '.join(map(repr, CHOICES))}")
     selector = _selector(source, transformer, ratio, budget, tile, sigmas, max_distinct_k, share_selection)
+    if isinstance(selector, MethodSource) and reconstruct != IDENTITY:
+        raise ValueError(
+            f"shiva_ext: {type(source).__name__} gives every token a value of its own; reconstruct is for selectors, "
+            "which leave tokens out"
+        )
     _disable(transformer)
     router = getattr(selector, "router", None)
     device = next(transformer.parameters()).device
     # On meta are the weights of an offloaded model.
     if router is not None and device.type != "meta" and next(router.parameters()).device != device:
         router.to(device)
-    state = hooks.SelectionState(selector, adapter_for(transformer), tile, bool(batched_guidance), fused)
+    state = hooks.SelectionState(selector, adapter_for(transformer), tile, bool(batched_guidance), fused, reconstruct)
     handle = Handle(transformer, state)
     try:
         if adapter and getattr(selector, "adapter", None) is not None:

@@ -165,6 +165,20 @@ def _download(repo_id: str) -> Path:
         ) from error
 
 
+class MethodSource:
+    """Makes a :class:`~shiva_ext.methods.Method` usable as a source: it runs the blocks, and no token is left out."""
+
+    def __init__(self, method, num_layers: int):
+        self.method, self.first_layer = method, method.first_layer
+        self._ratios = (1.0,) * num_layers
+
+    def ratios(self, sigma: float) -> tuple[float, ...]:
+        return self._ratios
+
+    def scores(self, layer: int, x: Tensor, sigma: float, conditioning: Conditioning) -> Tensor:
+        raise AssertionError("a method runs its blocks itself")
+
+
 class BaselineSource:
     """Makes a selector without training (``RandomSelector``, ``LargestNormSelector``) usable as a source."""
 

@@ -119,6 +119,12 @@ def _bench_trial(args) -> None:
     run(args.steps, args.samples, args.out, args.dense_model, args.data_dir, args.seed)
 
 
+def _bench_pareto(args) -> None:
+    from .bench.pareto import run
+
+    run(args.samples, args.methods, args.out, args.cache_dir, args.model_dir)
+
+
 def _report_testbed(args) -> None:
     from .testbed.report import report
 
@@ -207,6 +213,14 @@ def parser() -> argparse.ArgumentParser:
     sub.add_argument("--dense-model")
     sub.add_argument("--data-dir")
     sub.set_defaults(run=_bench_trial)
+
+    sub = bench.add_parser("pareto", help="every method at several strengths: quality against time, as a page")
+    sub.add_argument("--samples", type=int, default=1000, help="images a cell")
+    sub.add_argument("--methods", nargs="*", metavar="NAME", help="by default all; dense always runs")
+    sub.add_argument("--out", default="results", help="folder of pareto.json, which finished cells are read from")
+    sub.add_argument("--cache-dir", default="build/pareto", help="folder of the images")
+    sub.add_argument("--model-dir", help="dense model's folder; by default the one that ships")
+    sub.set_defaults(run=_bench_pareto)
 
     report = commands.add_parser("report", help="evaluations").add_subparsers(required=True, dest="what")
     sub = report.add_parser("testbed", help="every method on the testbed: quality, cost and time")

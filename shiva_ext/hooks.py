@@ -13,8 +13,11 @@ from diffusers.hooks.group_offloading import GroupOffloadingHook
 from torch import Tensor, nn
 
 from . import ops
+from .methods.base import BLOCK, BlockCall, Method
+from .methods.memory import RunMemory
 from .models import Conditioning, ModelAdapter
 from .models.fused import find_form, why_not
+from .reconstruct import IDENTITY, reconstruct
 from .selection.budget import default_tile
 
 HOOK_NAME = "shiva_ext"
@@ -45,8 +48,15 @@ class SelectionState:
         trainer: takes over a pruned block while training, see ``training/stages.py``.
         fused: whether blocks that have a fused form run in it.
         wrapped: why blocks of the last call that was not compiled ran wrapped all the same, by layer.
+        method: does more than choose tokens, see :class:`~shiva_ext.methods.Method`; None for a selector.
+        progress: share of the run's steps that are done, if a scheduler told, else None.
+        memory: what is carried from step to step of a run, for the few methods and options that do.
+        grid: height and width of this call's image in tokens, where a method wants them.
+        plan: what a block's modules merge while it runs, by site.
+        reconstruct: what rejected tokens get, see :mod:`shiva_ext.reconstruct`.
         chosen: for groups of layers that select together, the first of them and its indices [B,k].
-        records: per call while recording, ``{"timestep", "kept": {layer: [B,k]}}``.
+        records: per call while recording, ``{"timestep", "kept": {layer: [B,k]}, "sites": {layer: names}}``; a method
+            that merges names its sites.
     """
 
     def __init__(
@@ -56,8 +66,14 @@ class SelectionState:
         tile: int | None = None,
         batched_guidance: bool = False,
         fused: bool = True,
+        reconstruct: str = IDENTITY,
     ):
         self.selector, self.adapter, self.fused = selector, adapter, fused
+        self.reconstruct = reconstruct
+        self.method: Method | None = getattr(selector, "method", None)
+        self.progress: float | None = None
+        self.memory, self.plan = RunMemory(), {}
+        self.grid: tuple[int, int] | None = None
         self.wrapped: dict[int, str] = {}
         self.tile, self.batched_guidance = tile, batched_guidance
         self.active, self.trainer = True, None
@@ -82,7 +98,12 @@ class SelectionState:
 
     def forget(self) -> None:
         """No level is announced any more."""
-        self.sigma, self.quota, self.fixed = None, (), False
+        self.sigma, self.quota, self.fixed, self.progress = None, (), False, None
+
+    @property
+    def wants_grid(self) -> bool:
+        """Whether rows and columns of the image matter."""
+        return self.method is not None or self.reconstruct != IDENTITY
 
     def read_sigma(self, timestep: Tensor) -> None:
         """Take the noise level from a call's timesteps [B], unless they are those of the announced level."""
@@ -197,6 +218,7 @@ class TransformerHook(ModelHook):
         state.conditioning = state.adapter.conditioning(module, arguments)
         state.guided = state.adapter.batched_guidance(arguments, state.batched_guidance)
         state.chosen = {}
+        state.grid = state.adapter.grid(module, arguments) if state.wants_grid else None
         try:
             if not compiling:
                 return self._run(module, *args, **kwargs)
@@ -205,9 +227,22 @@ class TransformerHook(ModelHook):
                     "shiva_ext: a compiled transformer needs its noise level as a Python number; enable on the "
                     "pipeline, or call handle.at(sigma) before each step"
                 )
-            return forward(*args, **kwargs)
+            return self._forward(*args, **kwargs)
         finally:
             state.conditioning, state.chosen = None, {}
+
+    def _forward(self, *args, **kwargs):
+        """The transformer's own forward, in its place in the run for those that have a memory of it."""
+        state, forward = self.state, self.fn_ref.original_forward
+        if not state.wants_grid:
+            return forward(*args, **kwargs)
+        x = state.adapter.bind(forward, args, kwargs)["hidden_states"]
+        state.memory.begin(state.sigma, x)
+        output = forward(*args, **kwargs)
+        if state.method is not None:
+            # Models that learn a variance, too, give it in further channels.
+            state.method.finish(output[0][:, : x.shape[1]], state.guided, state.grid, state.memory)
+        return output
 
     @staticmethod
     def _below(module: nn.Module) -> list:
@@ -225,11 +260,11 @@ class TransformerHook(ModelHook):
             state.read_sigma(timestep)  # waits for the GPU
         state.wrapped = {}
         if state.recording:
-            state.entry = {"timestep": state.sigma * 1000, "kept": {}}
+            state.entry = {"timestep": state.sigma * 1000, "kept": {}, "sites": {}}
             state.records.append(state.entry)
         try:
             with state.kept_for_checkpoints(module):
-                return self.fn_ref.original_forward(*args, **kwargs)
+                return self._forward(*args, **kwargs)
         finally:
             state.sigma, state.quota = announced
             state.entry = None
@@ -253,6 +288,8 @@ class BlockHook(ModelHook):
         """Why a call with these named arguments does not run fused; None if it does."""
         if not self.state.fused:
             return "fused=False"
+        if self.state.reconstruct != IDENTITY:
+            return f"reconstruct={self.state.reconstruct!r}"
         if isinstance(self.form, str):
             return self.form
         if type(getattr(module, self.form.adaptive_norm or "", None)) is not self.adaptive:
@@ -274,6 +311,8 @@ class BlockHook(ModelHook):
 
         if state.trainer is not None:
             return state.trainer.run_block(self.layer, x, run)
+        if state.method is not None:
+            return state.method.run_block(self._call(x, run))
         N = x.shape[1]
         k = state.tokens(self.layer, N)
         if k == N:
@@ -287,7 +326,54 @@ class BlockHook(ModelHook):
             state.wrapped[self.layer] = reason
         output = run(ops.token_gather(x, kept), kept)
         processed = state.adapter.image_tokens(output).to(x.dtype)
-        return state.adapter.with_image_tokens(output, ops.token_scatter(x, kept, processed))
+        if state.reconstruct != IDENTITY:
+            tokens = reconstruct(state.reconstruct, x, kept, processed, state.grid, state.memory, self.layer)
+        else:
+            tokens = ops.token_scatter(x, kept, processed)
+        return state.adapter.with_image_tokens(output, tokens)
+
+    def _call(self, x: Tensor, run) -> BlockCall:
+        state = self.state
+
+        def record(leaders: Tensor, sites: tuple[str, ...]) -> None:
+            if state.entry is not None:
+                state.entry["kept"][self.layer] = leaders.detach().cpu()
+                state.entry["sites"][self.layer] = sites
+
+        return BlockCall(
+            layer=self.layer,
+            x=x,
+            sigma=state.sigma,
+            progress=1 - state.sigma if state.progress is None else state.progress,
+            grid=state.grid,
+            guided=state.guided,
+            memory=state.memory,
+            run=run,
+            plan=state.plan,
+            tokens_of=state.adapter.image_tokens,
+            replaced=state.adapter.with_image_tokens,
+            record=record,
+        )
+
+
+class SiteHook(ModelHook):
+    """On an attention or MLP inside a block: runs it on merged tokens where the block's method planned so."""
+
+    def __init__(self, state: SelectionState, site: str):
+        super().__init__()
+        self.state, self.site = state, site
+
+    def new_forward(self, module: nn.Module, *args, **kwargs):
+        forward, merge = self.fn_ref.original_forward, self.state.plan.get(self.site)
+        if merge is None:
+            return forward(*args, **kwargs)
+        if "hidden_states" in kwargs:
+            output = forward(*args, **{**kwargs, "hidden_states": merge.merge(kwargs["hidden_states"])})
+        else:
+            output = forward(merge.merge(args[0]), *args[1:], **kwargs)
+        if isinstance(output, tuple):
+            return merge.unmerge(output[0]), *output[1:]
+        return merge.unmerge(output)
 
 
 def _install(module: nn.Module, hook: ModelHook) -> None:
@@ -307,10 +393,23 @@ def attach(transformer: nn.Module, state: SelectionState) -> int:
     for layer, block in enumerate(blocks):
         if layer >= first_layer:
             _install(block, BlockHook(state, layer, block))
-            for module, hook in state.adapter.inner_hooks(block):
+            for module, hook in [*state.adapter.inner_hooks(block), *_site_hooks(block, state)]:
                 _install(module, hook)
     _install(transformer, TransformerHook(state))
     return len(blocks) - first_layer
+
+
+def _site_hooks(block: nn.Module, state: SelectionState) -> list[tuple[nn.Module, ModelHook]]:
+    """Hooks for the modules of a block that the method merges around."""
+    wanted = () if state.method is None else [site for site in state.method.sites if site != BLOCK]
+    sites = state.adapter.merge_sites(block) if wanted else {}
+    missing = [site for site in wanted if site not in sites]
+    if missing:
+        raise ValueError(
+            f"shiva_ext: {type(state.method).__name__} merges around {' and '.join(missing)}, which needs modules that "
+            f"take image tokens alone, and {type(block).__name__} has none; give sites=('block',), if it has them"
+        )
+    return [(module, SiteHook(state, site)) for site in wanted for module in sites[site]]
 
 
 def wrapped_blocks(transformer: nn.Module, state: SelectionState) -> dict[int, str]:

@@ -83,12 +83,14 @@ class SchedulerWatch:
         if reread:
             self.levels = [min(max(t / 1000, 0.0), 1.0) for t in scheduler.timesteps.tolist()]
             self.version = _version(scheduler.timesteps)
+            self.state.memory.reset()
         index = getattr(scheduler, "step_index", None)
         if index is None:
             index = getattr(scheduler, "begin_index", None) or 0
         self.entry = None
         if index < len(self.levels):
             self.state.at(self.levels[index])
+            self.state.progress = index / len(self.levels)
             self.entry = scheduler.timesteps[index]
         else:
             self.state.forget()  # the last step is done

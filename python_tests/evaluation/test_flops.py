@@ -29,6 +29,18 @@ def counted(model, batch, text_tokens, size=8):
     return counter.get_total_flops()
 
 
+def test_attention_and_mlp_may_process_different_tokens():
+    """A linear layer of the MLP costs two operations a weight and token."""
+    model = SD3Transformer2DModel(**SMALL)
+    mlp = sum(p.numel() for p in model.transformer_blocks[1].ff.parameters() if p.ndim == 2)
+    both = sd3_forward_flops(model, 5, kept={1: 8})
+    assert sd3_forward_flops(model, 5, kept={1: (8, 8)}) == both
+    assert sd3_forward_flops(model, 5, kept={1: (8, 16)}) == both + 2 * mlp * 8
+    assert sd3_forward_flops(model, 5, kept={1: (16, 16)}) == sd3_forward_flops(model, 5)
+    with pytest.raises(ValueError, match="0..16"):
+        sd3_forward_flops(model, 5, kept={1: (8, 17)})
+
+
 @pytest.mark.parametrize("text_tokens", [1, 5])
 @pytest.mark.parametrize(
     "overrides", [{}, {"dual_attention_layers": (0, 2)}, {"num_layers": 1}, {"out_channels": None}]

@@ -9,12 +9,14 @@ import torch
 
 from shiva_ext.evaluation.metrics import (
     ForegroundRecall,
+    bootstrap_error,
     class_accuracy,
     foreground_tokens,
     frechet_distance,
     gaussian,
     precision_recall,
     psnr,
+    ssim,
 )
 
 
@@ -238,3 +240,23 @@ def test_foreground_refuses_nan_wrong_shapes_and_foreign_indices():
         recall.add(images, [{1: torch.zeros(3, 1, dtype=torch.long)}])
     with pytest.raises(ValueError, match="indices outside 0..3"):
         recall.add(images, [{1: torch.full((2, 1), 4)}])
+
+
+def test_ssim_is_one_for_equal_images_and_falls_with_noise():
+    images = torch.rand(3, 1, 16, 16) * 2 - 1
+    assert ssim(images, images).tolist() == pytest.approx([1, 1, 1])
+    slightly, more = (ssim(images + spread * torch.randn_like(images), images).mean() for spread in (0.1, 0.5))
+    assert 1 > slightly > more
+    assert ssim(images.half(), images.half()).shape == (3,)
+
+
+def test_the_bootstraps_error_is_the_spread_of_new_samples():
+    """Gaussian features: the deviation of the distance over fresh sets of samples, against the estimate from one."""
+    torch.manual_seed(0)
+    mean, covariance = torch.zeros(3), torch.eye(3)
+    fresh = [frechet_distance(*gaussian(torch.randn(300, 3) + 0.5), mean, covariance) for _ in range(200)]
+    wanted = 1.96 * torch.tensor(fresh).std().item()
+    found = bootstrap_error(torch.randn(300, 3) + 0.5, mean, covariance, draws=200)
+    assert found == pytest.approx(wanted, rel=0.25)
+    again = bootstrap_error(torch.ones(300, 3).cumsum(0), mean, covariance, 20)
+    assert again == bootstrap_error(torch.ones(300, 3).cumsum(0), mean, covariance, 20)

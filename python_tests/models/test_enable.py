@@ -242,7 +242,12 @@ def foreign(**fields):
 
 
 REFUSED = {
-    "no source": (lambda: None, {}, TypeError, "wanted an artefact's folder or hub id, a ShivaArtifact, or a selector"),
+    "no source": (
+        lambda: None,
+        {},
+        TypeError,
+        "wanted an artefact's folder or hub id, a ShivaArtifact, a method of shiva_ext.methods, or a selector",
+    ),
     "no ratios": (NoRatios, {}, TypeError, "selector with ratios\\(\\) and scores\\(\\)"),
     "missing folder": (lambda: "/no/such/folder", {}, FileNotFoundError, "neither a folder here nor a repository"),
     "another class": (lambda: foreign(model_class="Other"), {}, ValueError, "class Other \\(model: SD3Transformer2D"),
@@ -258,7 +263,7 @@ REFUSED = {
         lambda: RandomSelector(0.5),
         dict(ratio=0.5),
         ValueError,
-        "this selector has its own ratios",
+        "RandomSelector has its own ratios",
     ),
     "budget for a baseline": (lambda: RandomSelector(0.5), dict(budget=0.5), ValueError, "its own ratios"),
     "ratio for a selector": (OwnRatios, dict(ratio=0.5), ValueError, "its own ratios, give it others"),

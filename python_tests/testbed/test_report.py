@@ -42,6 +42,9 @@ class FirstTokens:
     def kept_tokens(self):
         return self.calls
 
+    def work(self, dim, tokens):
+        return [({layer: index.shape[1] for layer, index in call.items()}, 0) for call in self.calls]
+
     def disable(self):
         self.hook.remove()
 
@@ -63,19 +66,14 @@ def half(monkeypatch):
 @pytest.fixture
 def run(model_dir, tmp_path):
     def run(rows, **settings):
-        settings = dict(samples=SAMPLES, seeds=2, model_dir=model_dir, batch_size=5, timing_repeats=1) | settings
+        common = dict(samples=SAMPLES, seeds=2, model_dir=model_dir, batch_size=5, timing_repeats=1, steps=STEPS)
+        settings = common | settings
         return report(cache_dir=tmp_path / "cache", out_dir=tmp_path / "results", rows=rows, **settings)
 
     return run
 
 
 DENSE = Row("dense", steps=STEPS, repeat=True)
-
-
-@pytest.fixture(autouse=True)
-def short_reference(monkeypatch):
-    """The reference of PSNR and time has as few steps as the rows here."""
-    monkeypatch.setattr(report_module, "DENSE", Row("dense", steps=STEPS))
 
 
 def test_report_writes_table_plot_and_every_column(run, half, tmp_path, capsys):
@@ -177,8 +175,8 @@ def test_artefacts_run_through_enable(run, method, share, tmp_path):
 
 def test_psnr_compares_with_dense_from_the_same_noise(run, half, tmp_path, model_dir):
     line = run([half])["rows"][0]
-    study = Study(tmp_path / "cache", SAMPLES, 2, model_dir, batch_size=5, timing_repeats=1)
-    images, reference = study.images(half, 0), study.images(report_module.DENSE, 0)
+    study = Study(tmp_path / "cache", SAMPLES, 2, model_dir, batch_size=5, timing_repeats=1, steps=STEPS)
+    images, reference = study.images(half, 0), study.images(study.dense, 0)
     error = (images.clamp(-1, 1) - reference.clamp(-1, 1)).square().flatten(1).mean(1)
     assert line["psnr"] == pytest.approx((10 * torch.log10(4 / error)).mean().item(), abs=1e-3)
 

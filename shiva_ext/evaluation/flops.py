@@ -41,10 +41,10 @@ def cross_attention_flops(dim: int, inner: int, context: int, image_tokens: int,
     return 2 * projections + 4 * image_tokens * text_tokens * inner
 
 
-def _checked(name: str, kept: Mapping[int, int] | None, layers: int, N: int) -> dict[int, int]:
+def _checked(name: str, kept: Mapping | None, layers: int, N: int) -> dict[int, int | tuple[int, int]]:
     kept = dict(kept or {})
     for layer, k in kept.items():
-        if not (0 <= layer < layers and 0 <= k <= N):
+        if not (0 <= layer < layers and all(0 <= each <= N for each in (k if isinstance(k, tuple) else (k,)))):
             raise ValueError(f"{name}: kept must map layers 0..{layers - 1} to 0..{N} tokens, got layer {layer}: {k}")
     return kept
 
@@ -58,6 +58,7 @@ class Work(NamedTuple):
         tokens: image tokens N.
         outside: operations outside the blocks.
         block: operations of a block on k of the image tokens, ``block(layer, k)``.
+        mlp: operations of a block's MLP on one image token, where attention and MLP can process different ones.
     """
 
     dim: int
@@ -65,6 +66,16 @@ class Work(NamedTuple):
     tokens: int
     outside: int
     block: Callable[[int, int], int]
+    mlp: int = 0
+
+    def of_block(self, layer: int, k: int | tuple[int, int]) -> int:
+        """Operations of a block on k tokens, or on (k of the attention, k of the MLP)."""
+        if isinstance(k, int):
+            return self.block(layer, k)
+        attention, mlp = k
+        if attention != mlp and not self.mlp:
+            raise ValueError("forward_flops: in this family attention and MLP process the same tokens")
+        return self.block(layer, attention) + self.mlp * (mlp - attention)
 
 
 def _counted(work: Callable[[nn.Module, int, int | None], Work]):
@@ -75,14 +86,16 @@ def _counted(work: Callable[[nn.Module, int, int | None], Work]):
         transformer: nn.Module,
         text_tokens: int = 0,
         image_tokens: int | None = None,
-        kept: Mapping[int, int] | None = None,
+        kept: Mapping[int, int | tuple[int, int]] | None = None,
         router_width: int = 0,
         scored: Collection[int] | None = None,
     ) -> int:
-        dim, layers, N, outside, block = work(transformer, text_tokens, image_tokens)
-        kept = _checked(work.__name__, kept, layers, N)
-        blocks = sum(block(layer, kept.get(layer, N)) for layer in range(layers))
-        return outside + blocks + len(kept if scored is None else scored) * router_flops(dim, router_width, N)
+        found = work(transformer, text_tokens, image_tokens)
+        N = found.tokens
+        kept = _checked(work.__name__, kept, found.layers, N)
+        blocks = sum(found.of_block(layer, kept.get(layer, N)) for layer in range(found.layers))
+        scores = len(kept if scored is None else scored) * router_flops(found.dim, router_width, N)
+        return found.outside + blocks + scores
 
     return forward_flops
 
@@ -110,7 +123,8 @@ def sd3_forward_flops(transformer: SD3Transformer2DModel, T: int, image_tokens: 
         transformer: any configuration; only ``transformer.config`` is read.
         text_tokens: length of ``encoder_hidden_states``.
         image_tokens: tokens after patching; by default those of the configured ``sample_size``.
-        kept: kept image tokens of each pruned layer, e.g. ``{1: 154, 2: 154}``; layers not named are dense.
+        kept: kept image tokens of each pruned layer, e.g. ``{1: 154, 2: 154}``; layers not named are dense. A pair is
+            the tokens of the attention and those of the MLP.
         router_width: hidden width of the router that scores all tokens at the entry of each pruned layer (eq. 9);
             0 for methods without a learned router.
         scored: the layers whose tokens it scores; by default all pruned ones. Fewer where layers share a selection.
@@ -131,7 +145,7 @@ def sd3_forward_flops(transformer: SD3Transformer2DModel, T: int, image_tokens: 
     outside = _ends(config, N, D, config.patch_size**2) + 2 * D * 2 * D  # with the modulation of the output norm
     outside += 2 * D * (256 + D) + 2 * D * (config.pooled_projection_dim + D)  # timestep and pooled prompt embedding
     outside += 2 * T * config.joint_attention_dim * config.caption_projection_dim
-    return Work(D, layers, N, outside, block)
+    return Work(D, layers, N, outside, block, mlp=16 * D * D)
 
 
 @_counted
@@ -150,7 +164,7 @@ def pixart_forward_flops(transformer: PixArtTransformer2DModel, T: int, image_to
         outside += 3 * 2 * (D // 3) * (256 + D // 3)
     if config.caption_channels is not None:
         outside += 2 * T * D * (config.caption_channels + D)
-    return Work(D, config.num_layers, N, outside, block)
+    return Work(D, config.num_layers, N, outside, block, mlp=16 * D * D)
 
 
 @_counted
@@ -188,7 +202,7 @@ def dit_forward_flops(transformer: DiTTransformer2DModel, T: int, image_tokens: 
         return embedding + 2 * D * 6 * D + attention_flops(D, k) + 16 * D * D * k
 
     outside = _ends(config, N, D, config.patch_size**2) + embedding + 2 * D * 2 * D
-    return Work(D, config.num_layers, N, outside, block)
+    return Work(D, config.num_layers, N, outside, block, mlp=16 * D * D)
 
 
 @_counted

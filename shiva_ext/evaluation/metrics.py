@@ -149,6 +149,50 @@ def psnr(images: torch.Tensor, reference: torch.Tensor) -> torch.Tensor:
     return 10 * torch.log10(4 / error.flatten(1).mean(1))
 
 
+def ssim(images: torch.Tensor, reference: torch.Tensor) -> torch.Tensor:
+    """Structural similarity (Wang et al. 2004) of each image to its reference, by torchmetrics.
+
+    Both are clamped to [-1, 1] first.
+
+    Args:
+        images, reference: floating [B,C,H,W] of the same shape, at least 11 x 11 pixels.
+
+    Returns:
+        float32 [B], 1 where the two are equal.
+
+    Raises:
+        ImportError: torchmetrics is missing.
+    """
+    try:
+        from torchmetrics.functional.image import structural_similarity_index_measure
+    except ImportError as error:
+        raise ImportError("shiva_ext: SSIM needs torchmetrics; pip install 'shiva_ext[eval]'") from error
+    images, reference = (each.float().clamp(-1, 1) for each in (images, reference))
+    return structural_similarity_index_measure(images, reference, data_range=2.0, reduction="none").reshape(-1)
+
+
+def bootstrap_error(
+    features: torch.Tensor, mean: torch.Tensor, covariance: torch.Tensor, draws: int = 100, seed: int = 0
+) -> float:
+    """Half the width of the 95 % interval of :func:`frechet_distance` to a Gaussian: 1.96 deviations over resamples.
+
+    A resample repeats samples, which lowers its covariance's rank and raises the distance itself: so the deviation is
+    what is taken of them, not their quantiles.
+
+    Args:
+        features: floating [M,F] of the samples.
+        mean, covariance: of the other distribution.
+        draws: resamples of M.
+        seed: of the resampling.
+    """
+    generator = torch.Generator().manual_seed(seed)
+    found = []
+    for _ in range(draws):
+        some = features[torch.randint(len(features), (len(features),), generator=generator)]
+        found.append(frechet_distance(*gaussian(some), mean, covariance))
+    return 1.96 * torch.tensor(found).std().item()
+
+
 def class_accuracy(predicted: torch.Tensor, labels: torch.Tensor) -> float:
     """Share of samples that the classifier takes for the class they were asked to be.
 

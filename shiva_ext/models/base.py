@@ -50,6 +50,28 @@ class ModelAdapter(ABC):
         """Modules inside a prunable block that must know of the selection, each with a hook of its own."""
         return []
 
+    def merge_sites(self, block: nn.Module) -> dict[str, list[nn.Module]]:
+        """The modules that take and return the image tokens alone, by site: "attention", "mlp".
+
+        Their first argument is ``hidden_states``; it is also what they return, or the first part of it. Empty where a
+        module's tokens have places of their own (rotary positions, a convolution), so that only whole blocks can merge.
+        """
+        return {}
+
+    def grid(self, transformer: nn.Module, arguments: dict) -> tuple[int, int]:
+        """Height and width of a call's image in tokens.
+
+        Raises:
+            TypeError: the family's tokens are no image, or the call does not tell.
+        """
+        latents, patch = arguments["hidden_states"], getattr(transformer.config, "patch_size", None)
+        if latents.ndim != 4 or not isinstance(patch, int):
+            raise TypeError(
+                f"shiva_ext: {type(transformer).__name__} is not called with an image [B,C,H,W], so there are no rows "
+                "and columns of tokens to work with; this method is not for it"
+            )
+        return latents.shape[2] // patch, latents.shape[3] // patch
+
     def token_costs(self, transformer: nn.Module) -> list[int]:
         """Relative cost of an image token in each block, as small positive integers; all alike unless overridden."""
         return [1] * len(self.blocks(transformer))

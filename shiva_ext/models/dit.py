@@ -26,6 +26,9 @@ class DiTAdapter(ModelAdapter):
     def num_tokens(self, transformer: nn.Module) -> int:
         return (transformer.config.sample_size // transformer.config.patch_size) ** 2
 
+    def merge_sites(self, block: nn.Module) -> dict[str, list[nn.Module]]:
+        return {"attention": [block.attn1], "mlp": [block.ff]}
+
     def forward_flops(self, transformer: nn.Module, *args, **options) -> int:
         return dit_forward_flops(transformer, *args, **options)
 

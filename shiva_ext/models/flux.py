@@ -32,6 +32,10 @@ class FluxAdapter(PerSampleAdapter):
     def num_tokens(self, transformer: nn.Module) -> int:
         return 64 * 64  # 1024 x 1024 pixels, the pipeline's default; the configuration names no size
 
+    def grid(self, transformer: nn.Module, arguments: dict) -> tuple[int, int]:
+        row, column = arguments["img_ids"][-1, 1:].tolist()
+        return int(row) + 1, int(column) + 1
+
     def forward_flops(self, transformer: nn.Module, *args, **options) -> int:
         return flux_forward_flops(transformer, *args, **options)
 

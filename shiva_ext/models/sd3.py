@@ -32,6 +32,10 @@ class SD3Adapter(ModelAdapter):
         dual = transformer.config.dual_attention_layers
         return [4 if layer in dual else 3 for layer in range(len(transformer.transformer_blocks))]
 
+    def merge_sites(self, block: nn.Module) -> dict[str, list[nn.Module]]:
+        attention = [block.attn] if getattr(block, "attn2", None) is None else [block.attn, block.attn2]
+        return {"attention": attention, "mlp": [block.ff]}
+
     def forward_flops(self, transformer: nn.Module, *args, **options) -> int:
         return sd3_forward_flops(transformer, *args, **options)
 

@@ -42,12 +42,20 @@ class RandomSelector:
             [B,N] float32.
         """
         B, N, _ = x.shape
-        key = _mix(_mix(_mix(self.seed) ^ layer) ^ round(float(sigma) * 2**20))
-        rows = [_mix(key ^ row) & 0xFFFFFFFF for row in range(B)]
-        # One fill for each row: a tensor made of a list would be copied to the GPU, and wait for it.
-        value = torch.stack([torch.full((1,), row, device=x.device) for row in rows])
-        value = value ^ _scattered(torch.arange(N, device=x.device))
-        return (_scattered(value) >> 8).float() * 2**-24
+        key = hash_keys(self.seed, layer, sigma)
+        return (hash_rows(N, [_mix(key ^ row) for row in range(B)], x.device) >> 8).float() * 2**-24
+
+
+def hash_keys(seed: int, layer: int, sigma: float) -> int:
+    """64 pseudo-random bits of where a choice is made; noise levels are told apart to 2^-20."""
+    return _mix(_mix(_mix(seed) ^ layer) ^ round(float(sigma) * 2**20))
+
+
+def hash_rows(N: int, keys: list[int], device: torch.device) -> Tensor:
+    """Pseudo-random integers below 2^32, int64 [len(keys), N], a row for each key."""
+    # One fill for each row: a tensor made of a list would be copied to the GPU, and wait for it.
+    value = torch.stack([torch.full((1,), key & 0xFFFFFFFF, device=device) for key in keys])
+    return _scattered(value ^ _scattered(torch.arange(N, device=device)))
 
 
 def _scattered(value: Tensor) -> Tensor:

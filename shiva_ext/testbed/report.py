@@ -2,6 +2,7 @@
 
 import hashlib
 import json
+import math
 import os
 import platform
 import statistics
@@ -21,11 +22,11 @@ from .classifier import load_classifier, load_statistics
 from .figures import draw_grid, draw_report, print_table
 from .model import ASSETS, PROMPT_TOKENS, load_model
 from .rows import METHODS, ROWS, Row, artefact_folder
-from .sampling import BATCH_SIZE, GUIDANCE, balanced_labels, generate, make_noise
+from .sampling import BATCH_SIZE, GUIDANCE, STEPS, balanced_labels, generate, make_noise
 
 # Part of every cache key: raise it when a change of the code below changes what a finished row would hold.
-VERSION = 1
-DENSE = Row("dense")  # what PSNR and speed-up compare with
+VERSION = 2
+SHOWN = 6  # images whose kept tokens are drawn
 
 
 def fingerprint(folder: str | os.PathLike) -> str:
@@ -43,6 +44,30 @@ def _write(file: Path, text: str) -> None:
     os.replace(temporary, file)
 
 
+def kept_share(steps: list[dict[int, torch.Tensor]], layers: range, count: int, tokens: int) -> torch.Tensor:
+    """How often each token of the first images was kept, over steps and layers: float [count, 1, side, side] in [0, 1].
+
+    Args:
+        steps: one dict a call from layer to kept indices, of B images or of both halves of B guided ones.
+        layers: that count; those that a step does not name kept all tokens.
+        count, tokens: images and their tokens.
+    """
+    share = torch.zeros(count, tokens)
+    for kept in steps:
+        for layer in layers:
+            if layer in kept:
+                index = kept[layer][-max(count, len(kept[layer]) // 2) :][:count]  # the prompted half
+                share.scatter_add_(1, index.long(), torch.ones(index.shape))
+            else:
+                share += 1
+    side = math.isqrt(tokens)
+    return (share / (len(steps) * len(layers))).view(count, 1, side, side)
+
+
+def _mean(tokens: int | tuple[int, int]) -> float:
+    return tokens if isinstance(tokens, int) else statistics.fmean(tokens)
+
+
 @dataclass
 class Study:
     """What all rows share, and the cache of finished ones.
@@ -54,6 +79,7 @@ class Study:
         seeds: noise seeds 0, 1, ... of the rows that are repeated.
         model_dir: dense model; by default the one that ships.
         guidance, batch_size, dtype: of the sampling. Weights in bfloat16, as they ship, are the fastest on a CPU.
+        steps: of the dense model that PSNR and speed-up compare with.
         timing_repeats: pairs of batches (dense, row) that are timed after one pair to warm up.
     """
 
@@ -64,6 +90,7 @@ class Study:
     guidance: float = GUIDANCE
     batch_size: int = BATCH_SIZE
     dtype: torch.dtype = torch.bfloat16
+    steps: int = STEPS
     timing_repeats: int = 5
     _fingerprints: dict = field(default_factory=dict)
 
@@ -71,6 +98,7 @@ class Study:
         self.cache_dir, self.model_dir = Path(self.cache_dir), Path(self.model_dir or ASSETS / "dense")
         self.cache_dir.mkdir(parents=True, exist_ok=True)
         self.classifier, self.statistics = load_classifier(), load_statistics()
+        self.dense = Row("dense", steps=self.steps)
 
     def settings(self, row: Row) -> dict:
         """Everything that a row's images depend on, but for the seed."""
@@ -99,6 +127,10 @@ class Study:
         """The images of a finished row, float32 [samples, 1, 32, 32]."""
         return load_file(self._file(row, seed=seed).with_suffix(".safetensors"))["images"].float()
 
+    def kept_picture(self, row: Row, seed: int) -> Path:
+        """Where the first images' kept tokens are drawn, if the row leaves any out."""
+        return self._file(row, seed=seed).with_suffix(".kept.png")
+
     def sample(self, row: Row, seed: int) -> dict:
         """Metrics of one row and seed, from the cache if they are there.
 
@@ -108,12 +140,14 @@ class Study:
         file = self._file(row, seed=seed)
         if file.is_file():
             return json.loads(file.read_text())
-        is_dense = file == self._file(DENSE, seed=seed)
+        is_dense = file == self._file(self.dense, seed=seed)
         reference = None if is_dense else self._reference(seed)
         transformer, prompts, method = self._setup(row)
         labels, noise = balanced_labels(self.samples), make_noise(self.samples, seed)
         layers = transformer.config.num_layers
-        recall, counts, images = ForegroundRecall(), [{}] * row.steps, []
+        recall, work, images = ForegroundRecall(), [({}, 0)] * row.steps, []
+        config = transformer.config
+        tokens, dim = (config.sample_size // config.patch_size) ** 2, transformer.inner_dim
         batches = list(zip(labels.split(self.batch_size), noise.split(self.batch_size), strict=True))
         for some_labels, some_noise in tqdm(batches, desc=f"{row.name}, seed {seed}", mininterval=2):
             method.record(True)
@@ -123,13 +157,16 @@ class Study:
             if not torch.isfinite(some).all():
                 raise ValueError(f"row {row.name!r}, seed {seed}: the sampler has diverged to NaN or infinite pixels")
             if kept := method.kept_tokens():
-                counts = [{layer: index.shape[1] for layer, index in by_layer.items()} for by_layer in kept]
+                work = method.work(dim, tokens)
                 recall.add(some, kept, dense_layers=range(1, layers))
+                if not images:
+                    share = kept_share(kept, range(1, layers), some_labels[:SHOWN].numel(), tokens)
+                    draw_grid(2 * share - 1, file.with_suffix(".kept.png"), SHOWN)
             images.append(some)
         method.disable()
         images = torch.cat(images).half()
         result = {"name": row.name, "seed": seed, **self._metrics(images.float(), labels, reference)}
-        result |= self._cost(transformer, counts, method.router_width)
+        result |= self._cost(transformer, work, method.router_width)
         # Nothing to count means that no layer was pruned.
         result["foreground_recall"] = 1.0 if recall.value is None else recall.value
         result["settings"] = self.settings(row) | {"seed": seed}
@@ -139,8 +176,8 @@ class Study:
         return result
 
     def _reference(self, seed: int) -> torch.Tensor:
-        self.sample(DENSE, seed)
-        return self.images(DENSE, seed)
+        self.sample(self.dense, seed)
+        return self.images(self.dense, seed)
 
     def _metrics(self, images: torch.Tensor, labels: torch.Tensor, reference: torch.Tensor | None) -> dict:
         features, predicted = self.classifier.measure(images)
@@ -151,14 +188,16 @@ class Study:
         decibels = None if reference is None else psnr(images, reference).mean().item()
         return result | dict(psnr=None if decibels == float("inf") else decibels)
 
-    def _cost(self, transformer: SD3Transformer2DModel, counts: list[dict[int, int]], router_width: int) -> dict:
+    def _cost(self, transformer: SD3Transformer2DModel, work: list[tuple[dict, int]], router_width: int) -> dict:
         tokens = (transformer.config.sample_size // transformer.config.patch_size) ** 2
-        flops = sum(sd3_forward_flops(transformer, PROMPT_TOKENS, tokens, kept, router_width) for kept in counts)
+        flops = sum(
+            sd3_forward_flops(transformer, PROMPT_TOKENS, tokens, kept, router_width) + more for kept, more in work
+        )
         flops *= 2 if self.guidance > 1 else 1
         # The first block is dense in every method: the share is that of the others.
         layers = range(1, transformer.config.num_layers)
-        share = statistics.fmean(kept.get(layer, tokens) / tokens for kept in counts for layer in layers)
-        return dict(gflops=flops / 1e9, kept_share=share, kept_counts=counts)
+        share = statistics.fmean(_mean(kept.get(layer, tokens)) / tokens for kept, _ in work for layer in layers)
+        return dict(gflops=flops / 1e9, kept_share=share, kept_counts=[kept for kept, _ in work])
 
     def timing(self, row: Row) -> dict:
         """Seconds an image and speed-up over dense: batches of the two alternate, medians over the pairs."""
@@ -166,7 +205,7 @@ class Study:
         if file.is_file():
             return json.loads(file.read_text())
         labels, noise = balanced_labels(self.batch_size), make_noise(self.batch_size, seed=0)
-        models = [(self._setup(each), each.steps) for each in (DENSE, row)]
+        models = [(self._setup(each), each.steps) for each in (self.dense, row)]
         pairs = []
         for _ in tqdm(range(self.timing_repeats + 1), desc=f"{row.name}, timing", mininterval=2):
             pair = []
@@ -240,7 +279,7 @@ def sweep_guidance(
         The metrics of each scale. The Fréchet distance falls with the number of samples: compare these with each other.
     """
     studies = {scale: Study(Path(cache_dir), samples, 1, guidance=scale, **settings) for scale in scales}
-    return {scale: study.sample(DENSE, 0) for scale, study in studies.items()}
+    return {scale: study.sample(study.dense, 0) for scale, study in studies.items()}
 
 
 def report(

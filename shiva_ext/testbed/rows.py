@@ -10,6 +10,8 @@ from diffusers import SD3Transformer2DModel
 
 import shiva_ext
 
+from .. import methods
+from ..methods.base import site_tokens
 from ..selection.baselines import LargestNormSelector, RandomSelector
 from .model import ASSETS
 from .sampling import STEPS
@@ -28,6 +30,8 @@ class Row:
         equal_time_as: name of another row; the steps are then cut to the time that this one takes.
         repeat: over all seeds of the report, not only the first.
         group: rows of one group share a colour in the plot.
+        options: further settings of the method, as pairs of a name and a value: of a method of
+            :mod:`shiva_ext.methods` its own, of the others those of :func:`shiva_ext.enable`.
     """
 
     name: str
@@ -38,6 +42,7 @@ class Row:
     equal_time_as: str = ""
     repeat: bool = False
     group: str = "dense"
+    options: tuple[tuple[str, object], ...] = ()
 
 
 ROWS = (
@@ -62,6 +67,10 @@ class Method(Protocol):
 
     router_width: int
 
+    def work(self, dim: int, tokens: int) -> list[tuple[dict, int]]:
+        """Of each recorded call: what each layer that is not dense processes, as
+        :func:`~shiva_ext.evaluation.flops.sd3_forward_flops` takes it, and operations besides."""
+
     def record(self, on: bool) -> None:
         """Start afresh to record kept tokens, or stop."""
 
@@ -76,6 +85,9 @@ class Dense:
     """The model as it is."""
 
     router_width = 0
+
+    def work(self, dim: int, tokens: int) -> list[tuple[dict, int]]:
+        return []
 
     def record(self, on: bool) -> None:
         pass
@@ -95,6 +107,17 @@ class Enabled:
         router = getattr(self.handle.state.selector, "router", None)
         self.router_width = 0 if router is None else router.config.hidden
 
+    def work(self, dim: int, tokens: int) -> list[tuple[dict, int]]:
+        found, method = [], self.handle.state.method
+        for record in self.handle.records:
+            counts = {layer: index.shape[1] for layer, index in record["kept"].items()}
+            if method is None:
+                found.append((counts, 0))
+            else:
+                sites = {layer: tuple(site_tokens(record["sites"][layer], tokens, M)) for layer, M in counts.items()}
+                found.append((sites, len(sites) * method.matching_flops(tokens, dim)))
+        return found
+
     def record(self, on: bool) -> None:
         self.handle.record(on)
 
@@ -112,8 +135,14 @@ def _selector(row: Row):
     return selectors[row.source](ratio=row.ratio)
 
 
+def _method(transformer: SD3Transformer2DModel, row: Row, guided: bool) -> Method:
+    if row.source not in methods.METHODS:
+        raise ValueError(f"row {row.name!r}: source must be one of {', '.join(methods.METHODS)}, got {row.source!r}")
+    return Enabled(transformer, methods.METHODS[row.source](**dict(row.options)), batched_guidance=guided)
+
+
 def _artefact(transformer: SD3Transformer2DModel, row: Row, guided: bool) -> Method:
-    return Enabled(transformer, ASSETS / row.source, batched_guidance=guided)
+    return Enabled(transformer, ASSETS / row.source, batched_guidance=guided, **dict(row.options))
 
 
 def _artefact_at_ratio(transformer: SD3Transformer2DModel, row: Row, guided: bool) -> Method:
@@ -125,7 +154,7 @@ def _artefact_shared(transformer: SD3Transformer2DModel, row: Row, guided: bool)
 
 
 def _baseline(transformer: SD3Transformer2DModel, row: Row, guided: bool) -> Method:
-    return Enabled(transformer, _selector(row), batched_guidance=guided)
+    return Enabled(transformer, _selector(row), batched_guidance=guided, **dict(row.options))
 
 
 # How a row's method is put on a transformer: setup(transformer, row, guided), guided as in generate's batches.
@@ -135,6 +164,7 @@ METHODS: dict[str, Callable[[SD3Transformer2DModel, Row, bool], Method]] = {
     "artefact at ratio": _artefact_at_ratio,
     "artefact, shared choice": _artefact_shared,
     "selector": _baseline,
+    "method": _method,
 }
 
 

@@ -51,6 +51,8 @@ class TrainConfig:
         keep_checkpoints: how many are kept.
         max_bad_steps: steps without a finite gradient that are skipped, one after the other, before the run stops.
         seed: of everything random.
+        start_from: folder or hub id of an artefact to go on from, of the same kind of model: its router, policy and
+            adapters in place of fresh ones. With ``router_steps`` and ``policy_steps`` 0 only the joint stage follows.
     """
 
     budget: float = 0.6
@@ -92,6 +94,7 @@ class TrainConfig:
     keep_checkpoints: int = 2
     max_bad_steps: int = 10
     seed: int = 0
+    start_from: str = ""
 
     def steps_before(self, stage: str) -> int:
         """Steps of the stages before this one ("router", "policy", "joint"); "end" is behind the last."""

@@ -29,6 +29,7 @@ from .processes import average, gather_gradients, rank, shard, unsharded, world
 from .recipes import Recipe, recipe_for
 from .sampling import derive_seed, shared_ratios, stratified_ratios, stratified_timesteps
 from .stages import run_student, run_teacher
+from .start import load_start
 
 
 class Batch(NamedTuple):
@@ -99,6 +100,7 @@ class ShivaTrainer:
             self.policy,
             share_selection=config.share_selection,
         )
+        self.start = load_start(config, self.artifact) if config.start_from else None
         self.state = hooks.SelectionState(self.artifact, adapter)
         self.layers = distilled_layers(self.num_layers, config.feature_every)
         self.lora: LoraConfig | None = None
@@ -125,6 +127,8 @@ class ShivaTrainer:
             adapter_weights.inject(self.transformer, self.lora)
             for p in self._adapter_weights().values():
                 p.data = p.data.float()  # in bfloat16 a small step would round to none
+        if self.start is not None:
+            adapter_weights.load(self.transformer, self.start.adapter)
         multiply_merged(self.transformer, adapter_weights.NAME)
 
     def _adapter_weights(self) -> dict[str, Tensor]:
@@ -408,6 +412,7 @@ class ShivaTrainer:
             self.lora.save_pretrained(str(adapter))
         metadata = {"training": asdict(config), "dense_control": self.dense, "history": self.history}
         metadata |= {"source": source} if source else {}
+        metadata |= {"started_from": self.start.metadata} if self.start is not None else {}
         artifact = replace(self.artifact, table=self.table(), adapter=adapter, metadata=metadata)
         artifact.save(folder)
         return artifact

@@ -1,0 +1,94 @@
+"""The sweep on a small untrained model: it goes on where it stopped, and its page needs nothing else."""
+
+import json
+import re
+
+import pytest
+import torch
+from PIL import Image
+
+from shiva_ext.bench import pareto
+from shiva_ext.bench.pareto_page import duels
+from shiva_ext.testbed.model import PromptTable, build_transformer, save_model
+from shiva_ext.testbed.report import Study
+from shiva_ext.testbed.rows import Row
+
+STEPS = 2
+ROWS = [
+    Row("dense", steps=STEPS, group="dense"),
+    Row("fewer steps 1", steps=1, group="fewer steps"),
+    Row("Shiva 60 %", "selector", "random", 0.6, STEPS, group="Shiva"),
+    Row("ToMeSD 0.5", "method", "tomesd", 1.0, STEPS, group="ToMeSD", options=(("ratio", 0.5), ("sites", ("block",)))),
+    Row("SDTM 0.3", "method", "sdtm", 1.0, STEPS, group="SDTM"),
+    Row("last", "selector", "largest_norm", 0.6, STEPS, group="norm", options=(("reconstruct", "last"),)),
+]
+
+
+@pytest.fixture(scope="module")
+def model_dir(tmp_path_factory):
+    torch.manual_seed(0)
+    folder = tmp_path_factory.mktemp("model")
+    save_model(folder, build_transformer(num_layers=2), PromptTable())
+    return folder
+
+
+@pytest.fixture(scope="module")
+def swept(model_dir, tmp_path_factory):
+    folder = tmp_path_factory.mktemp("sweep")
+
+    def sweep(**changes):
+        settings = dict(samples=6, rows=ROWS, batch_size=6, steps=STEPS, timing_repeats=1) | changes
+        return pareto.run(out=folder / "out", cache_dir=folder / "cache", model_dir=model_dir, **settings)
+
+    return folder, sweep, sweep()
+
+
+def test_every_cell_has_its_numbers(swept):
+    folder, _, content = swept
+    assert json.loads((folder / "out" / "pareto.json").read_text()) == content
+    found = {cell["name"]: cell for cell in content["cells"].values()}
+    assert set(found) == {row.name for row in ROWS}
+    for cell in found.values():
+        assert cell["fid"] > 0 and cell["fid_error"] > 0 and cell["speed_up"] > 0 and cell["gflops"] > 0
+        assert cell["ssim"] <= 1 and cell["strip"]
+    assert found["dense"]["ssim"] == pytest.approx(1) and found["dense"]["psnr"] is None
+    assert found["ToMeSD 0.5"]["gflops"] < found["dense"]["gflops"] and found["ToMeSD 0.5"]["kept"]
+    assert found["fewer steps 1"]["gflops"] == pytest.approx(found["dense"]["gflops"] / 2)
+    assert set(duels(list(found.values()))) == {"fewer steps", "ToMeSD", "SDTM", "norm"}
+
+
+def test_the_page_shows_every_cell_and_loads_nothing(swept):
+    folder, *_ = swept
+    page = (folder / "out" / "pareto.html").read_text()
+    for row in ROWS:
+        assert page.count(f"<td>{row.name}</td>") == 2
+    assert not re.findall(r'(?:src|href|srcset)="(?!data:)', page)
+    assert Image.open(folder / "out" / "pareto.png").size[0] > 800
+
+
+def test_finished_cells_are_read_not_computed(swept, monkeypatch):
+    _, sweep, content = swept
+    for name in ("sample", "timing"):
+        monkeypatch.setattr(Study, name, lambda *_: pytest.fail("a finished cell was computed again"))
+    assert sweep() == content
+
+
+def test_a_method_alone_keeps_the_cells_of_others(swept):
+    _, sweep, content = swept
+    assert sweep(methods=["SDTM"])["cells"] == content["cells"]
+    with pytest.raises(ValueError, match="unknown method 'TurboMerge'"):
+        sweep(methods=["TurboMerge"])
+
+
+def test_other_settings_are_other_cells(swept, model_dir, tmp_path):
+    _, _, content = swept
+    study = Study(tmp_path, 7, 1, model_dir, steps=STEPS, batch_size=6)
+    assert not {pareto.key(study, row) for row in ROWS} & set(content["cells"])
+
+
+def test_the_shipped_sweep_has_four_strengths_of_every_rival():
+    rows = pareto.cells()
+    assert len({row.name for row in rows}) == len(rows)
+    for name in ("Shiva", "fewer steps", "ToMeSD", "ToFu", "ToMA", "IBTM", "SDTM", "random", "largest norm"):
+        assert sum(row.group == name for row in rows) >= 4
+    assert {"dense", "dense fine-tuned"} <= {row.group for row in rows}

@@ -1,0 +1,167 @@
+"""Every method at several strengths on a testbed: quality against time and operations, cell by cell."""
+
+import base64
+import hashlib
+import json
+import os
+import platform
+import statistics
+from pathlib import Path
+
+import torch
+
+from ..evaluation.metrics import bootstrap_error, ssim
+from ..testbed.figures import draw_grid
+from ..testbed.report import SHOWN, Study
+from ..testbed.rows import Row
+from .pareto_page import OURS, draw, write_page
+
+STEPS = 10
+SAMPLES = 1000
+# Of the mergers: what runs best on the testbed. The first block is dense in all, as in Shiva.
+_WHOLE = dict(sites=("block",), first_layer=1)
+_SDTM = {f"{r:g}": {"ratio": r, "swing": min(0.2, r / 2), "first_layer": 1} for r in (0.15, 0.3, 0.45, 0.6)}
+
+
+def _cells(name: str, method: str, source: str, strengths: dict[str, dict], **options) -> list[Row]:
+    return [
+        Row(f"{name} {text}", method, source, group=name, steps=STEPS, options=tuple({**options, **each}.items()))
+        for text, each in strengths.items()
+    ]
+
+
+def _ratios(*ratios: float) -> dict[str, dict]:
+    return {f"{ratio:g}": {"ratio": ratio} for ratio in ratios}
+
+
+def _selectors(name: str, source: str, ratios: tuple[float, ...], **options) -> list[Row]:
+    return [
+        Row(f"{name} {r:g}", "selector", source, r, STEPS, group=name, options=tuple(options.items())) for r in ratios
+    ]
+
+
+def cells() -> list[Row]:
+    """All of the Fashion testbed's cells; ``group`` is the method, the name's end its strength."""
+    mergers = (0.1, 0.25, 0.4, 0.5)
+    kept = (0.9, 0.8, 0.7, 0.6)
+    return [
+        Row("dense", steps=STEPS, group="dense"),
+        *(Row(f"fewer steps {steps}", steps=steps, group="fewer steps") for steps in (8, 7, 6, 5)),
+        Row("dense fine-tuned", "artefact", "dense_finetuned", steps=STEPS, group="dense fine-tuned"),
+        *_cells(OURS, "artefact", "shiva80", {"80 %": {}}),
+        *_cells(OURS, "artefact", "shiva60", {"70 %": {"budget": 0.7}, "60 %": {}, "50 %": {"budget": 0.5}}),
+        *_cells("ToMeSD", "method", "tomesd", _ratios(*mergers), **_WHOLE),
+        *_cells("ToFu", "method", "tofu", _ratios(*mergers), depth=3, **_WHOLE),
+        *_cells("ToMA", "method", "toma", _ratios(*mergers)),
+        *_cells("IBTM", "method", "ibtm", _ratios(*mergers), similarity="cosine", **_WHOLE),
+        *_cells("SDTM", "method", "sdtm", _SDTM),
+        *_selectors("random", "random", kept),
+        *_selectors("random, last value", "random", kept, reconstruct="last"),
+        *_selectors("random, nearest kept", "random", kept, reconstruct="nearest"),
+        *_selectors("largest norm", "largest_norm", kept),
+        *_cells("Shiva, last value", "artefact", "shiva60", {"60 %": {}, "50 %": {"budget": 0.5}}, reconstruct="last"),
+    ]
+
+
+def _read(file: Path) -> dict:
+    return json.loads(file.read_text()) if file.is_file() else {"cells": {}}
+
+
+def _write(file: Path, content: dict) -> None:
+    file.parent.mkdir(parents=True, exist_ok=True)
+    temporary = file.with_suffix(".tmp")
+    temporary.write_text(json.dumps(content, indent=1) + "\n")
+    os.replace(temporary, file)
+
+
+def key(study: Study, row: Row) -> str:
+    """A hash of everything that a cell's result depends on."""
+    settings = json.dumps(study.settings(row) | {"reference steps": study.steps}, sort_keys=True)
+    return hashlib.sha256(settings.encode()).hexdigest()[:20]
+
+
+def measure(study: Study, row: Row) -> dict:
+    """One cell: its metrics with the bootstrap's deviation, its time beside dense, and small pictures."""
+    result, timing = study.sample(row, 0), study.timing(row)
+    images = study.images(row, 0)
+    wanted = ("fid", "accuracy", "precision", "recall", "psnr", "foreground_recall", "gflops", "kept_share")
+    cell = {"name": row.name, "method": row.group, "steps": row.steps} | {name: result[name] for name in wanted}
+    features, _ = study.classifier.measure(images)
+    cell["fid_error"] = bootstrap_error(features, study.statistics["mean"], study.statistics["covariance"])
+    cell["ssim"] = ssim(images, study.images(study.dense, 0)).mean().item()
+    ratios = [dense / mine for dense, mine in timing["pairs"]]
+    cell |= {"speed_up": timing["speed_up"], "speed_up_range": [min(ratios), max(ratios)]}
+    cell |= {"seconds": timing["seconds"], "dense_seconds": timing["dense_seconds"]}
+    strip = study.cache_dir / "strip.png"
+    draw_grid(images, strip, SHOWN)
+    kept = study.kept_picture(row, 0)
+    cell["strip"] = base64.b64encode(strip.read_bytes()).decode()
+    cell["kept"] = base64.b64encode(kept.read_bytes()).decode() if kept.is_file() else None
+    return cell
+
+
+def run(
+    samples: int = SAMPLES,
+    methods: list[str] | None = None,
+    out: str | os.PathLike = "results",
+    cache_dir: str | os.PathLike = "build/pareto",
+    model_dir: str | os.PathLike | None = None,
+    rows: list[Row] | None = None,
+    **settings,
+) -> dict:
+    """Measure the cells that ``out/pareto.json`` does not hold yet, and write it, the page and the pictures.
+
+    Args:
+        samples: images a cell.
+        methods: names, as in the first column of the table; the dense model always runs. By default all.
+        out: folder of ``pareto.json``, ``pareto.html`` and ``pareto.png``.
+        cache_dir: of images.
+        model_dir: dense model; by default the Fashion testbed's.
+        rows: cells; by default :func:`cells`.
+        settings: further settings of :class:`Study`.
+
+    Raises:
+        ValueError: an unknown method.
+    """
+    rows = cells() if rows is None else rows
+    known = list(dict.fromkeys(row.group for row in rows))
+    unknown = [name for name in methods or [] if name not in known]
+    if unknown:
+        raise ValueError(
+            f"shiva bench pareto: unknown method {unknown[0]!r}; wanted some of {', '.join(map(repr, known))}"
+        )
+    study = Study(Path(cache_dir), samples, 1, model_dir, **{"steps": STEPS, "timing_repeats": 3} | settings)
+    out = Path(out)
+    content = _read(out / "pareto.json")
+    wanted = [row for row in rows if not methods or row.group in methods or row.group == "dense"]
+    missing = [row for row in wanted if key(study, row) not in content["cells"]]
+    for row in missing:
+        study.sample(row, 0)
+    for row in missing:  # all times in one stretch: other work on the machine then meets all alike
+        content["cells"][key(study, row)] = measure(study, row)
+        _write(out / "pareto.json", content)
+    keys = [key(study, row) for row in rows if key(study, row) in content["cells"]]
+    content = {
+        "command": f"shiva bench pareto --samples {samples}",
+        "samples": samples,
+        "steps": STEPS,
+        "guidance": study.guidance,
+        "machine": {
+            "processor": f"{platform.machine()}, {torch.backends.cpu.get_cpu_capability()}",
+            "threads": torch.get_num_threads(),
+            "torch": torch.__version__,
+        },
+        "cells": {each: content["cells"][each] for each in keys},
+    }
+    content["noise"] = _noise(list(content["cells"].values()))
+    _write(out / "pareto.json", content)
+    found = list(content["cells"].values())
+    draw(found, out / "pareto.png")
+    write_page(content, out / "pareto.html")
+    return content
+
+
+def _noise(found: list[dict]) -> float | None:
+    """The machine's noise: the median over cells of the spread of a cell's pairs, as a share of its speed-up."""
+    spreads = [(c["speed_up_range"][1] - c["speed_up_range"][0]) / c["speed_up"] for c in found if c["name"] != "dense"]
+    return statistics.median(spreads) if spreads else None

@@ -1,0 +1,188 @@
+"""The Pareto sweep as one page that needs no other file, and as a picture."""
+
+import base64
+import html
+import io
+import os
+from pathlib import Path
+
+from matplotlib.figure import Figure
+
+from ..evaluation.pareto import Point, front, ties, verdicts
+from ..training.report import STYLE
+
+_COLOURS = (
+    "#2d7fb8",
+    "#3a9d5d",
+    "#e08a1e",
+    "#8e5ea2",
+    "#17a2a2",
+    "#8c6d46",
+    "#d16ba5",
+    "#7f7f7f",
+    "#b5b52b",
+    "#5b6ee1",
+)
+_MARKERS = "osD^vP<>Xp"
+OURS, REFERENCE = "Shiva", "dense"
+
+
+def points(found: list[dict], cost: str) -> list[Point]:
+    """The cells as points; ``cost`` is "time" or "operations", in shares of the dense model's."""
+    dense = next(cell for cell in found if cell["name"] == REFERENCE)
+
+    def of(cell: dict) -> float:
+        if cell is dense:
+            return 1.0
+        return 1 / cell["speed_up"] if cost == "time" else cell["gflops"] / dense["gflops"]
+
+    return [Point(cell["name"], cell["method"], of(cell), cell["fid"], cell["fid_error"]) for cell in found]
+
+
+def plot(found: list[dict]) -> Figure:
+    """Quality against time and against operations."""
+    figure = Figure(figsize=(13, 5.6), layout="constrained")
+    methods = list(dict.fromkeys(cell["method"] for cell in found))
+    others = [m for m in methods if m not in (OURS, REFERENCE)]
+    style = {m: (_COLOURS[i % len(_COLOURS)], _MARKERS[i % len(_MARKERS)]) for i, m in enumerate(others)}
+    style |= {OURS: ("#c0392b", "*"), REFERENCE: ("#222222", "s")}
+    for axis, cost in zip(figure.subplots(1, 2, sharey=True), ("time", "operations"), strict=True):
+        all_points = points(found, cost)
+        best = front(all_points)
+        axis.step(
+            [p.cost for p in best], [p.quality for p in best], where="post", color="#cccccc", linewidth=6, zorder=0
+        )
+        for method in methods:
+            own = sorted((p for p in all_points if p.method == method), key=lambda p: p.cost)
+            colour, marker = style[method]
+            axis.errorbar(
+                [p.cost for p in own],
+                [p.quality for p in own],
+                [p.error for p in own],
+                color=colour,
+                marker=marker,
+                markersize=11 if method == OURS else 6,
+                linewidth=1.2,
+                capsize=2,
+                label=method,
+            )
+        axis.set_xlabel(f"{cost}, share of the dense model's" + (" (measured)" if cost == "time" else " (counted)"))
+        axis.set_yscale("log")
+        axis.yaxis.set_major_formatter("{x:g}")
+        axis.grid(alpha=0.3, which="both")
+    figure.axes[0].set_ylabel("classifier-FID, 95 % intervals (lower is better)")
+    figure.axes[1].legend(fontsize=8, ncols=2)
+    return figure
+
+
+def draw(found: list[dict], file: str | os.PathLike) -> None:
+    """The plot as a PNG."""
+    plot(found).savefig(file, dpi=110)
+
+
+def _embedded(figure: Figure) -> str:
+    """SVG, and for what cannot show it PNG."""
+    data = {}
+    for kind in ("svg", "png"):
+        buffer = io.BytesIO()
+        figure.savefig(buffer, format=kind, dpi=110)
+        data[kind] = base64.b64encode(buffer.getvalue()).decode()
+    return (
+        f'<picture><source type="image/svg+xml" srcset="data:image/svg+xml;base64,{data["svg"]}">'
+        f'<img alt="quality against time and operations" src="data:image/png;base64,{data["png"]}"></picture>'
+    )
+
+
+def _row(cells, tag: str = "td") -> str:
+    return "<tr>" + "".join(f"<{tag}>{cell}</{tag}>" for cell in cells) + "</tr>"
+
+
+def _number(value: float | None, form: str) -> str:
+    return "" if value is None else format(value, form)
+
+
+def _results(found: list[dict]) -> str:
+    by_time = points(found, "time")
+    best, tied = {p.name for p in front(by_time)}, {p.name for p in ties(by_time)}
+    dense = next(cell for cell in found if cell["name"] == REFERENCE)
+    head = ("", "FID", "speed-up", "by operations", "time beyond operations", "accuracy", "precision / recall", "PSNR",
+            "SSIM", "foreground kept", "front")  # fmt: skip
+    rows = [_row(head, "th")]
+    for cell in found:
+        counted = dense["gflops"] / cell["gflops"]
+        speed_up = 1.0 if cell is dense else cell["speed_up"]
+        low, high = cell["speed_up_range"]
+        rows.append(
+            _row(
+                (
+                    html.escape(cell["name"]),
+                    f"{cell['fid']:.2f} ± {cell['fid_error']:.2f}",
+                    "1" if cell is dense else f"{speed_up:.2f} ({low:.2f} to {high:.2f})",
+                    f"{counted:.2f}",
+                    f"{1 - speed_up / counted:.0%}",
+                    f"{cell['accuracy']:.3f}",
+                    f"{cell['precision']:.2f} / {cell['recall']:.2f}",
+                    _number(cell["psnr"], ".1f"),
+                    _number(cell["ssim"], ".3f"),
+                    f"{cell['foreground_recall']:.2f}",
+                    "on it" if cell["name"] in best else "tie" if cell["name"] in tied else "",
+                )
+            )
+        )
+    return f"<table>{''.join(rows)}</table>"
+
+
+def duels(found: list[dict]) -> dict[str, list[tuple[str, str | None]]]:
+    """For each rival, how we stand at the time of each of its points: "better", "tie", "worse", or None below ours."""
+    by_time = points(found, "time")
+    ours = [p for p in by_time if p.method == OURS]
+    rivals = dict.fromkeys(p.method for p in by_time if not p.method.startswith((OURS, REFERENCE)))
+    return {
+        rival: [(p.name, verdict) for p, verdict in verdicts(ours, [p for p in by_time if p.method == rival])]
+        for rival in rivals
+    }
+
+
+def _duels(found: list[dict]) -> str:
+    rows = [_row(("rival", "Shiva at the time of each of its points"), "th")]
+    for rival, outcome in duels(found).items():
+        text = ", ".join(f"{html.escape(name)}: {verdict or 'faster than any of ours'}" for name, verdict in outcome)
+        rows.append(_row((html.escape(rival), text)))
+    return f"<table>{''.join(rows)}</table>"
+
+
+def _pictures(found: list[dict]) -> str:
+    rows = [_row(("", "the same noise", "how often each token was kept, white is always"), "th")]
+    for cell in found:
+        strips = (
+            ""
+            if data is None
+            else f'<img alt="" style="height:48px;image-rendering:pixelated" src="data:image/png;base64,{data}">'
+            for data in (cell["strip"], cell["kept"])
+        )
+        rows.append(_row((html.escape(cell["name"]), *strips)))
+    return f"<table>{''.join(rows)}</table>"
+
+
+def write_page(content: dict, file: Path) -> None:
+    """Write the HTML page of a sweep's results."""
+    found = list(content["cells"].values())
+    machine = ", ".join(f"{k} {v}" for k, v in content["machine"].items())
+    noise = "" if content["noise"] is None else (
+        f" The spread of the pairs of one cell was {content['noise']:.0%} of its speed-up in the median."
+    )  # fmt: skip
+    page = (
+        '<!doctype html><html lang="en"><meta charset="utf-8"><title>Methods side by side</title>'
+        f"<style>{STYLE}body{{max-width:75rem}}</style><h1>Methods side by side</h1>"
+        f"<p>{content['samples']} images a cell from the same noise, {content['steps']} Euler steps unless named, "
+        f"guidance {content['guidance']:g}; {html.escape(machine)}. Times are medians of pairs with the dense model, "
+        f"one after the other.{noise} Intervals are 1.96 deviations over resampled images. "
+        f"Command: <code>{html.escape(content['command'])}</code></p>"
+        f"<h2>The front</h2><p>Grey: what no other point beats.</p>{_embedded(plot(found))}"
+        f"<h2>At equal time</h2><p>Better and worse are outside both intervals.</p>{_duels(found)}"
+        f"<h2>Every cell</h2><p>“Time beyond operations” is the share of a method's time that its operations do not "
+        f"explain: its overhead.</p>{_results(found)}<h2>Samples and kept tokens</h2>{_pictures(found)}</html>"
+    )
+    temporary = file.with_suffix(".tmp")
+    temporary.write_text(page)
+    os.replace(temporary, file)

@@ -1,0 +1,145 @@
+"""What a method that does more than choose tokens is made of."""
+
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from typing import NamedTuple, Protocol
+
+from torch import Tensor
+
+from .memory import RunMemory
+
+ATTENTION, MLP, BLOCK = "attention", "mlp", "block"
+
+
+class Merge(Protocol):
+    """Fewer tokens for a module, and its output for all of them again."""
+
+    # [B,M]: the tokens whose places (and rotary positions) the merged ones take, ascending; None merges nothing
+    leaders: Tensor | None
+
+    def merge(self, x: Tensor) -> Tensor:
+        """[B,N,D] to [B,M,D]."""
+
+    def unmerge(self, y: Tensor) -> Tensor:
+        """[B,M,D] to [B,N,D]."""
+
+
+class SiteTokens(NamedTuple):
+    """Tokens that the two halves of a block process."""
+
+    attention: int
+    mlp: int
+
+
+def site_tokens(sites: tuple[str, ...], N: int, M: int) -> SiteTokens:
+    """M tokens at these sites, N elsewhere."""
+    return SiteTokens(*(M if BLOCK in sites or site in sites else N for site in (ATTENTION, MLP)))
+
+
+@dataclass
+class BlockCall:
+    """One call of one block, as a method sees it.
+
+    Attributes:
+        layer: index of the block.
+        x: [B,N,D], image tokens at its entry.
+        sigma: noise level in [0, 1].
+        progress: share of the run's steps that are done, in [0, 1); from the noise level where no scheduler tells.
+        grid: height and width of the image in tokens.
+        guided: whether the batch is (unconditional, conditional).
+        memory: of the run.
+        run: ``run(tokens, kept)``: the block itself on these tokens, see :meth:`ModelAdapter.call`.
+        plan: what the modules of the block read: site to :class:`Merge`.
+        tokens_of, replaced: read and replace the image tokens in a block's output.
+        record: takes the indices [B,M] of the tokens that stay independent, and at which sites.
+    """
+
+    layer: int
+    x: Tensor
+    sigma: float
+    progress: float
+    grid: tuple[int, int]
+    guided: bool
+    memory: RunMemory
+    run: Callable
+    plan: dict[str, Merge]
+    tokens_of: Callable
+    replaced: Callable
+    record: Callable[[Tensor, tuple[str, ...]], None]
+
+    def dense(self):
+        """The block on all its tokens."""
+        return self.run(self.x)
+
+    def around(self, merges: Mapping[str, Merge]):
+        """The block with its attention or MLP, or (:data:`BLOCK`) all of it, on merged tokens.
+
+        Around a module the tokens are merged as they come to it, normalised and modulated, and its output is spread to
+        all tokens before the residual sum. Around the block they are merged at its entry, and what it adds to them is
+        spread: x + unmerge(block(m) - m), m = merge(x).
+        """
+        merging = {site: merge.leaders for site, merge in merges.items() if merge.leaders is not None}
+        if merging:
+            self.record(next(iter(merging.values())), tuple(merging))
+        if BLOCK not in merges:
+            self.plan.update(merges)
+            try:
+                return self.run(self.x)
+            finally:
+                self.plan.clear()
+        merge = merges[BLOCK]
+        merged = merge.merge(self.x)
+        output = self.run(merged, merge.leaders)
+        update = self.tokens_of(output).to(self.x.dtype) - merged
+        return self.replaced(output, self.x + merge.unmerge(update))
+
+
+class Method(ABC):
+    """A method by itself: its settings, and what it does to a block.
+
+    A subclass is a frozen dataclass. It is a source for :func:`shiva_ext.enable`.
+
+    Attributes:
+        first_layer: blocks before it stay dense.
+        sites: where tokens are merged: "attention", "mlp", or "block" for both with one merge at the entry.
+    """
+
+    first_layer: int
+    sites: tuple[str, ...]
+
+    @abstractmethod
+    def run_block(self, call: BlockCall):
+        """Run one block."""
+
+    @abstractmethod
+    def tokens(self, layer: int, N: int, progress: float) -> SiteTokens:
+        """How many of N tokens a block's attention and MLP process at this share of the run."""
+
+    @abstractmethod
+    def matching_flops(self, N: int, D: int) -> int:
+        """Matrix products of one merging block that the block itself would not need, for N tokens of D channels."""
+
+    def finish(self, output: Tensor, guided: bool, grid: tuple[int, int], memory: RunMemory) -> None:
+        """The transformer gave this output; for methods that learn from it."""
+        return None
+
+    def _check(self) -> None:
+        ratio = self.ratio
+        if not 0 <= ratio < 1:
+            raise ValueError(
+                f"{type(self).__name__}: ratio is {ratio}, wanted a share of the tokens to merge in [0, 1)"
+            )
+        wrong = [site for site in self.sites if site not in (ATTENTION, MLP, BLOCK)]
+        if wrong or not self.sites or (BLOCK in self.sites and len(self.sites) > 1):
+            raise ValueError(
+                f"{type(self).__name__}: sites is {self.sites}, wanted ('attention',), ('mlp',), both, or ('block',)"
+            )
+        if self.first_layer < 0:
+            raise ValueError(f"{type(self).__name__}: first_layer is {self.first_layer}, wanted at least 0")
+
+    def _site_tokens(self, layer: int, N: int, M: int) -> SiteTokens:
+        """M tokens at the method's sites, N elsewhere."""
+        if layer < self.first_layer:
+            return SiteTokens(N, N)
+        return site_tokens(self.sites, N, M)

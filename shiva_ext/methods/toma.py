@@ -1,0 +1,144 @@
+"""ToMA: destinations by facility location, merging as attention."""
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+from .base import BLOCK, BlockCall, Method, SiteTokens
+
+
+def facility_location(similarity: Tensor, count: int) -> Tensor:
+    """Greedy choice of the tokens D that stand for all: maximises sum_i max_{j in D} S_ij.
+
+    The first is the column of the largest sum, each further one gains most; that is within 1 - 1/e of the best choice.
+
+    Args:
+        similarity: S, [..., n, n].
+        count: size of D, at most n.
+
+    Returns:
+        int64 [..., count], ascending.
+    """
+    covered = similarity.new_full(similarity.shape[:-1], -1.0)[..., None]  # no cosine is less
+    taken = torch.zeros_like(similarity[..., 0, :], dtype=torch.bool)
+    chosen = []
+    for _ in range(count):
+        gain = (similarity - covered).relu().sum(dim=-2)
+        best = gain.masked_fill(taken, -1.0).argmax(dim=-1, keepdim=True)
+        chosen.append(best)
+        taken = taken.scatter(-1, best, True)
+        column = similarity.gather(-1, best[..., None, :].expand(*similarity.shape[:-1], 1))
+        covered = torch.maximum(covered, column)
+    return torch.cat(chosen, dim=-1).sort(dim=-1).values
+
+
+def tiles_of_tokens(grid: tuple[int, int], tile: int, device) -> Tensor:
+    """The tokens of each tile, int64 [tiles, n]; its sides are the largest divisors of the grid's up to ``tile``."""
+    sides = [max(d for d in range(1, tile + 1) if side % d == 0) for side in grid]
+    index = torch.arange(grid[0] * grid[1], device=device)
+    index = index.view(grid[0] // sides[0], sides[0], grid[1] // sides[1], sides[1])
+    return index.transpose(1, 2).reshape(-1, sides[0] * sides[1])
+
+
+@dataclass(frozen=True)
+class AttentionMerge:
+    """A soft assignment of the tokens of each tile to its destinations.
+
+    Attributes:
+        leaders: int64 [B,M], the destinations, ascending.
+        order, back: int64 [N]: tile by tile, and back.
+        weights: [B,T,k,n]: over the destinations they sum to 1.
+        rank: int64 [B,M]: where each leader's row lies among those that come tile by tile; ``place`` the inverse.
+    """
+
+    leaders: Tensor
+    order: Tensor
+    back: Tensor
+    weights: Tensor
+    rank: Tensor
+    place: Tensor
+
+    def merge(self, x: Tensor) -> Tensor:
+        B, T, k, n = self.weights.shape
+        tiles = x.index_select(1, self.order).view(B * T, n, -1)
+        weights = (self.weights / self.weights.sum(dim=-1, keepdim=True)).flatten(0, 1).to(x.dtype)
+        merged = torch.bmm(weights, tiles).view(B, T * k, -1)
+        return merged.gather(1, self.rank[..., None].expand_as(merged))
+
+    def unmerge(self, y: Tensor) -> Tensor:
+        B, T, k, n = self.weights.shape
+        tiles = y.gather(1, self.place[..., None].expand_as(y)).view(B * T, k, -1)
+        spread = torch.bmm(self.weights.flatten(0, 1).transpose(1, 2).to(y.dtype), tiles)
+        return spread.view(B, T * n, -1).index_select(1, self.back)
+
+
+@dataclass(frozen=True)
+class ToMA(Method):
+    """Token merge with attention (arXiv 2509.10918; code github.com/WenboLuu/ToMA, abstract read).
+
+    In each tile of the image a greedy facility location chooses destinations; the others are assigned to them by a
+    softmax over the destinations, and what these give is spread by the transpose of it.
+
+    Attributes:
+        ratio: share of the tokens to merge, in [0, 1); destinations are the rest of each tile, at least one.
+        tile: side of a tile; the largest divisor of the grid's side up to it is taken. The published Flux run has 4.
+        scale: of the cosine in the softmax; 1000 is nearly a hard assignment.
+        reuse_steps: steps that share destinations and assignment. The published code makes it a setting; 3 is from its
+            Flux run, as we read it.
+        reuse_blocks: whether the blocks of a step share them, so that only the first merged block computes any.
+        sites, first_layer: the published Flux run leaves 5 blocks of each kind dense, and merges around attention in
+            joint blocks, around both in single ones.
+    """
+
+    ratio: float = 0.5
+    tile: int = 4
+    scale: float = 1000.0
+    reuse_steps: int = 3
+    reuse_blocks: bool = True
+    sites: tuple[str, ...] = (BLOCK,)
+    first_layer: int = 1
+
+    def __post_init__(self):
+        self._check()
+        for name in ("tile", "reuse_steps"):
+            if getattr(self, name) < 1:
+                raise ValueError(f"ToMA: {name} is {getattr(self, name)}, wanted at least 1")
+        if not self.scale > 0:
+            raise ValueError(f"ToMA: scale is {self.scale}, wanted a positive number")
+
+    def _kept(self, n: int) -> int:
+        return max(1, round((1 - self.ratio) * n))
+
+    def tokens(self, layer: int, N: int, progress: float) -> SiteTokens:
+        n = min(self.tile**2, N)
+        return self._site_tokens(layer, N, N * self._kept(n) // n)
+
+    def matching_flops(self, N: int, D: int) -> int:
+        n = min(self.tile**2, N)
+        found = 2 * N * n * D // self.reuse_steps  # and by one block of a step alone, if they share
+        return (0 if self.reuse_blocks else found) + 2 * 2 * N * self._kept(n) * D * (1 if BLOCK in self.sites else 2)
+
+    def run_block(self, call: BlockCall):
+        if self.ratio == 0:
+            return call.dense()
+        key = ("toma", None if self.reuse_blocks else call.layer)
+        step, merge = call.memory.get(*key) or (None, None)
+        if step is None or call.memory.step - step >= self.reuse_steps:
+            step, merge = call.memory.step, self.match(call.x, call.grid)
+            call.memory.set(*key, value=(step, merge))
+        return call.around(dict.fromkeys(self.sites, merge))
+
+    def match(self, x: Tensor, grid: tuple[int, int]) -> AttentionMerge:
+        """Destinations and assignment for tokens x [B,N,D]."""
+        tiles = tiles_of_tokens(grid, self.tile, x.device)
+        T, n = tiles.shape
+        order = tiles.flatten()
+        unit = F.normalize(x.index_select(1, order).float(), dim=-1).view(len(x), T, n, -1)
+        similarity = unit @ unit.transpose(-1, -2)
+        chosen = facility_location(similarity, self._kept(n))  # [B,T,k]
+        logits = similarity.gather(2, chosen[..., None].expand(*chosen.shape, n))
+        leaders, rank = tiles.expand(len(x), T, n).gather(2, chosen).flatten(1).sort(dim=1)
+        weights = torch.softmax(self.scale * logits, dim=2)
+        return AttentionMerge(leaders, order, order.argsort(), weights, rank, rank.argsort(dim=1))
