@@ -6,7 +6,9 @@ from models.tiny import make_inputs, make_model, run_by_hand
 from scipy import stats
 
 from shiva_ext.bench.estimators import compare, probe
+from shiva_ext.bench.score_gradients import agreement, cost, score_gradients
 from shiva_ext.bench.trial import _config
+from shiva_ext.selection import ESTIMATORS, get_estimator
 
 
 @pytest.fixture(scope="module")
@@ -69,3 +71,37 @@ def test_the_trials_settings_train_the_router_alone():
     config = _config("residual", 300, 0)
     assert (config.policy_steps, config.joint_steps, config.share) == (0, 0, 1)
     assert (config.diffusion_weight, config.output_weight, config.feature_weight) == (0, 1, 0)
+
+
+def test_the_scores_of_the_probe_are_those_of_its_choice(probed):
+    _, _, result = probed
+    for layer, scores in result["scores"].items():
+        k = int(scores.shape[1] * 0.6)
+        assert torch.equal(scores.topk(k).indices.sort().values, result["kept_mask"][layer].nonzero()[:, 1].view(-1, k))
+
+
+def test_a_gradient_of_scores_is_that_of_the_inclusion_through_the_ranks(probed):
+    """The probe's gradient of the inclusion, times the derivative of the inclusion by the scores."""
+    model, inputs, result = probed
+    gradient = score_gradients(model, inputs, result["scores"], 0.6, get_estimator("residual"), noisy=False)
+    layer = max(result["scores"])
+    scores = result["scores"][layer].clone().requires_grad_()
+    N = scores.shape[1]
+    pi = get_estimator("residual").inclusion(scores, N * 0.6, int(N * 0.6))
+    pi.backward(result["eq. 7 (residual)"][layer])
+    torch.testing.assert_close(gradient[layer], scores.grad, rtol=1e-3, atol=1e-7)
+
+
+def test_agreement_has_a_row_of_each_estimator(probed):
+    model, inputs, result = probed
+    table = agreement(model, inputs, result, 0.6)
+    assert set(table) == set(ESTIMATORS)
+    for row in table.values():
+        assert -1 <= row["pearson"] <= 1 and -1 <= row["spearman"] <= 1 and row["variance"] >= 0
+
+
+def test_cost_is_measured_where_it_is_in_proportion():
+    assert cost("subset", 4096) is None
+    small, large = (cost("neuralsort", N, repeats=1) for N in (64, 256))
+    # What is kept grows with the square of the length.
+    assert large["saved_megabytes"] > 6 * small["saved_megabytes"] > 0 < small["milliseconds"]

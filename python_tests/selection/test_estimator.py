@@ -19,6 +19,8 @@ from shiva_ext.selection import (
 )
 
 B, N, D, K = 2, 9, 4, 5
+# The others train on mixtures of tokens, or on all: see test_relaxed.py.
+HARD = [name for name in ESTIMATORS if name not in ("neuralsort_soft", "tnt", "tnt_rescaled")]
 NO_NOISE = {"noise_fraction": 0.0}
 
 
@@ -204,7 +206,7 @@ def test_on_a_quadratic_loss_the_counterfactual_gradient_is_the_true_change_of_t
             assert seen[0][b, i].item() == pytest.approx((loss(on) - loss(off)).item(), rel=1e-9)
 
 
-@pytest.mark.parametrize("name", ESTIMATORS)
+@pytest.mark.parametrize("name", HARD)
 @pytest.mark.parametrize("k", [0, 1, N])
 def test_extreme_budgets_give_finite_gradients(name, k):
     y, kept, *grads = run(get_estimator(name, **NO_NOISE), k=k)
@@ -213,7 +215,7 @@ def test_extreme_budgets_give_finite_gradients(name, k):
         assert torch.equal(y, double(B, N, D, seed=1))
 
 
-@pytest.mark.parametrize("name", ESTIMATORS)
+@pytest.mark.parametrize("name", HARD)
 def test_the_output_is_the_hard_choice(name):
     x, scores = double(B, N, D, seed=1), double(B, N, seed=2)
     y, kept, *_ = run(get_estimator(name, **NO_NOISE))
@@ -225,7 +227,7 @@ def test_the_output_is_the_hard_choice(name):
         torch.testing.assert_close(y[b : b + 1], wanted)
 
 
-@pytest.mark.parametrize("name", ESTIMATORS)
+@pytest.mark.parametrize("name", HARD)
 def test_an_empty_batch_and_a_zero_update_do_no_harm(name):
     x, scores = torch.zeros(0, N, D, dtype=torch.float64), torch.zeros(0, N, dtype=torch.float64)
     estimator = get_estimator(name, **NO_NOISE)
@@ -236,7 +238,7 @@ def test_an_empty_batch_and_a_zero_update_do_no_harm(name):
     assert torch.isfinite(grad_scores).all() and torch.isfinite(grad_k)
 
 
-@pytest.mark.parametrize("name", ESTIMATORS)
+@pytest.mark.parametrize("name", HARD)
 def test_half_precision_tokens_keep_their_dtype_under_autocast(name):
     x, scores = torch.randn(B, N, D).bfloat16().requires_grad_(), torch.randn(B, N, requires_grad=True)
     weight = torch.randn(D, D)
@@ -247,13 +249,13 @@ def test_half_precision_tokens_keep_their_dtype_under_autocast(name):
     assert torch.isfinite(scores.grad).all() and scores.grad.abs().sum() > 0
 
 
-@pytest.mark.parametrize("name", ESTIMATORS)
+@pytest.mark.parametrize("name", HARD)
 def test_the_same_generator_gives_the_same_bits(name):
     first, second = (run(get_estimator(name, generator=torch.Generator().manual_seed(3))) for _ in range(2))
     assert all(torch.equal(a, b) for a, b in zip(first, second, strict=True))
 
 
-@pytest.mark.parametrize("name", ESTIMATORS)
+@pytest.mark.parametrize("name", ["counterfactual", "residual", "residual_flipped", "straight_through"])
 def test_noise_perturbs_the_choice_and_the_ranks_alike(name):
     """With enough noise some choice changes, and the inclusion still splits where the choice does."""
     scores, pis = double(1, 64, seed=5), []
@@ -281,7 +283,7 @@ def test_progress_anneals_both_temperatures():
     torch.testing.assert_close(run(fixed, scores=scores)[3], hard)
 
 
-@pytest.mark.parametrize("name", ESTIMATORS)
+@pytest.mark.parametrize("name", HARD)
 def test_a_training_step_compiles_without_a_graph_break(name):
     router, estimator = ShivaRouter(D, 3, 3, num_layers=3), get_estimator(name, **NO_NOISE)
     table, random = RatioTable.fixed(0.5, 3), RandomSelector(0.5)
@@ -292,6 +294,7 @@ def test_a_training_step_compiles_without_a_graph_break(name):
         y, _ = estimator.apply(torch.tanh, x, scores, k_cont, table.tokens(0.5, N)[1], update)
         return (y**2).sum()
 
+    torch._dynamo.reset()
     results = []
     for call in (step, torch.compile(step, fullgraph=True, backend="aot_eager")):
         x = double(B, N, D, seed=1).float().requires_grad_()
@@ -312,8 +315,8 @@ def test_the_counterfactual_estimator_asks_for_the_update():
 
 
 def test_unknown_names_and_kappas_are_errors():
-    with pytest.raises(ValueError, match="wanted one of counterfactual, residual, residual_flipped"):
-        get_estimator("gumbel")
+    with pytest.raises(ValueError, match="wanted one of counterfactual, gumbel, neuralsort"):
+        get_estimator("sparsemax")
     with pytest.raises(ValueError, match="wanted 'auto' or a number"):
         get_estimator("counterfactual", kappa="automatic")
     assert isinstance(get_estimator(), CounterfactualEstimator)

@@ -7,6 +7,7 @@ The loss is the squared distance of the output to the dense teacher's, as in dis
 
 import json
 import os
+import statistics
 from pathlib import Path
 
 import torch
@@ -19,6 +20,8 @@ from shiva_ext import hooks, ops
 from shiva_ext.models import adapter_for
 from shiva_ext.selection import CounterfactualEstimator, RandomSelector, ResidualEstimator
 from shiva_ext.training.stages import Teacher, run_teacher
+
+from .score_gradients import LENGTHS, agreement, cost
 
 GROUPS = ("all", "kept", "rejected")
 
@@ -113,12 +116,12 @@ def probe(
         batch_size: flips at a time.
 
     Returns:
-        ``{"kept_mask" | "truth" | estimate's name: {layer: [B,N]}}``.
+        ``{"scores" | "kept_mask" | "truth" | estimate's name: {layer: [B,N]}}``.
     """
     adapter = adapter_for(transformer)
     layers = range(1, len(adapter.blocks(transformer)))
     state = hooks.SelectionState(RandomSelector(ratio, seed), adapter)
-    result: dict[str, dict] = {"kept_mask": {}, "truth": {}}
+    result: dict[str, dict] = {"kept_mask": {}, "truth": {}, "scores": {}}
     hooks.attach(transformer, state)
     try:
         teacher = run_teacher(transformer, state, **inputs)
@@ -126,7 +129,7 @@ def probe(
         generator = torch.Generator().manual_seed(seed)
         kept = {}
         for layer in layers:
-            scores = torch.rand(B, N, generator=generator)
+            scores = result["scores"][layer] = torch.randn(B, N, generator=generator)
             kept[layer] = ops.topk_select(scores, int(N * ratio))[0]
             result["kept_mask"][layer] = torch.zeros(B, N, dtype=torch.bool).scatter_(1, kept[layer], True)
         estimates = {
@@ -155,7 +158,7 @@ def probe(
 def compare(result: dict[str, dict[str, Tensor]]) -> dict[str, dict[str, float]]:
     """Mean over the cases of cosine and Spearman correlation with the truth: all tokens, kept, rejected."""
     table = {}
-    for name in [key for key in result if key not in ("kept_mask", "truth")]:
+    for name in [key for key in result if key not in ("kept_mask", "truth", "scores")]:
         values: dict[str, list[float]] = {f"{m} {g}": [] for m in ("cosine", "spearman") for g in GROUPS}
         for layer, truth in result["truth"].items():
             for row in range(len(truth)):
@@ -169,6 +172,17 @@ def compare(result: dict[str, dict[str, Tensor]]) -> dict[str, dict[str, float]]
     return table
 
 
+def _print_scores(content: dict) -> None:
+    table = Table(title="The gradient that reaches the scores: agreement, variance from draw to draw, ms and MB kept")
+    for column in ("estimator", "Pearson", "Spearman", "variance", *(f"N = {N}" for N in LENGTHS)):
+        table.add_column(column, justify="left" if column == "estimator" else "right")
+    for name, row in content["scores"].items():
+        each = (content["cost"][name][N] for N in LENGTHS)
+        costs = ("-" if c is None else f"{c['milliseconds']:.1f} ms, {c['saved_megabytes']:.1f} MB" for c in each)
+        table.add_row(name, f"{row['pearson']:+.2f}", f"{row['spearman']:+.2f}", f"{row['variance']:.2g}", *costs)
+    Console(width=120).print(table)
+
+
 def run(images: int = 24, out_dir: str | os.PathLike = "results", model_dir=None, data_dir=None, seed: int = 0) -> dict:
     """The probe on the testbed's dense model; prints the table and writes ``estimators.json``."""
     from shiva_ext.testbed.data import load_split, to_float
@@ -178,7 +192,7 @@ def run(images: int = 24, out_dir: str | os.PathLike = "results", model_dir=None
     transformer, prompts = load_model(model_dir)
     pixels, labels = load_split("test", data_dir)
     generator = torch.Generator().manual_seed(seed)
-    parts = []
+    parts, scored = [], []
     for first in range(0, images, 8):
         chosen = torch.randint(len(pixels), (min(8, images - first),), generator=generator)
         sigma = (torch.arange(len(chosen)) + torch.rand(len(chosen), generator=generator)) / len(chosen)
@@ -188,6 +202,7 @@ def run(images: int = 24, out_dir: str | os.PathLike = "results", model_dir=None
             hidden_states=noisy, encoder_hidden_states=tokens, pooled_projections=pooled, timestep=sigma * 1000
         )
         parts.append(probe(transformer, inputs, seed=seed + first))
+        scored.append(agreement(transformer, inputs, parts[-1], 0.6))
     merged = {name: {la: torch.cat([p[name][la] for p in parts]) for la in parts[0][name]} for name in parts[0]}
     cases = sum(len(truth) for truth in merged["truth"].values())
     helped = torch.cat([t.flatten() for t in merged["truth"].values()]).lt(0).float().mean().item()
@@ -197,6 +212,11 @@ def run(images: int = 24, out_dir: str | os.PathLike = "results", model_dir=None
         "layers": sorted(merged["truth"]),
         "share_of_tokens_that_help": helped,
         "estimates": compare(merged),
+        "scores": {
+            name: {key: statistics.fmean(part[name][key] for part in scored) for key in scored[0][name]}
+            for name in scored[0]
+        },
+        "cost": {name: {N: cost(name, N) for N in LENGTHS} for name in scored[0]},
         "by_layer": {
             layer: compare({name: {layer: values[layer]} for name, values in merged.items()})
             for layer in merged["truth"]
@@ -210,6 +230,7 @@ def run(images: int = 24, out_dir: str | os.PathLike = "results", model_dir=None
     for name, row in content["estimates"].items():
         table.add_row(name, *(f"{row[c]:+.2f}" if c in row else "-" for c in columns))
     Console(width=120).print(table)
+    _print_scores(content)
     out_dir = Path(out_dir)
     out_dir.mkdir(parents=True, exist_ok=True)
     temporary = out_dir / "estimators.json.tmp"

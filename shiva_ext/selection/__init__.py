@@ -2,17 +2,10 @@
 
 from .baselines import LargestNormSelector, RandomSelector
 from .budget import default_tile, solve_budget
-from .estimator import (
-    ESTIMATORS,
-    CounterfactualEstimator,
-    Estimator,
-    ResidualEstimator,
-    anneal,
-    get_estimator,
-    inclusion,
-    perturb,
-)
+from .estimator import CounterfactualEstimator, Estimator, ResidualEstimator, anneal, inclusion, perturb
 from .policy import BudgetLoss, PolicyConfig, RatioPolicy
+from .registry import ESTIMATORS, get_estimator
+from .relaxed import NoiseEstimator, RelaxedEstimator, SoftSortEstimator, StraightThroughEstimator
 from .router import RouterConfig, ShivaRouter
 from .table import RatioTable
 
@@ -22,13 +15,17 @@ __all__ = [
     "CounterfactualEstimator",
     "Estimator",
     "LargestNormSelector",
+    "NoiseEstimator",
     "PolicyConfig",
     "RandomSelector",
     "RatioPolicy",
     "RatioTable",
+    "RelaxedEstimator",
     "ResidualEstimator",
     "RouterConfig",
     "ShivaRouter",
+    "SoftSortEstimator",
+    "StraightThroughEstimator",
     "anneal",
     "default_tile",
     "get_estimator",

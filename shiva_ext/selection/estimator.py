@@ -3,7 +3,6 @@
 import math
 from abc import ABC, abstractmethod
 from collections.abc import Callable
-from functools import partial
 
 import torch
 from torch import Tensor
@@ -109,7 +108,7 @@ class Estimator(ABC):
             x: [B,N,D], tokens at the block's entry.
             scores: [B,N], the router's.
             k_cont: the budget before the floor, see :func:`inclusion`.
-            k_int: tokens that are processed, 0 <= k_int <= N.
+            k_int: tokens that are processed, 0 <= k_int <= N; estimators that train on all say so.
             update: [B,N,D], the dense teacher's ``block(h) - h``; for estimators with ``needs_update``.
             noisy: whether to perturb the scores here; False if they already are.
             with_index: call ``block_fn(tokens, kept)``, for blocks that must know which tokens they get.
@@ -127,12 +126,24 @@ class Estimator(ABC):
                 f"{tuple(x.shape)}: run the teacher, or choose estimator='residual'"
             )
         if noisy:
-            scores = perturb(scores, self.noise_fraction, self.generator)
-        tau_rank, tau_sel = anneal(self.progress, *self.tau_rank), anneal(self.progress, *self.tau_sel)
-        pi = inclusion(scores, k_cont, tau_rank, tau_sel, noise_fraction=0)
-        kept, rejected = ops.topk_select(scores.detach(), k_int)
+            scores = self.perturb(scores)
+        pi = self.inclusion(scores, k_cont, k_int)
+        kept, rejected = self.choose(scores, k_int)
         block = (lambda tokens: block_fn(tokens, kept)) if with_index else block_fn
         return self._run(block, x, pi, kept, rejected, update), kept
+
+    def perturb(self, scores: Tensor) -> Tensor:
+        """The scores [B,N] that a training step chooses by: with noise, for exploration."""
+        return perturb(scores, self.noise_fraction, self.generator)
+
+    def inclusion(self, keys: Tensor, k: Tensor | float, k_int: int) -> Tensor:
+        """What the choice of ``k_int`` tokens by perturbed scores [B,N] is relaxed to, differentiable in them and k."""
+        tau_rank, tau_sel = anneal(self.progress, *self.tau_rank), anneal(self.progress, *self.tau_sel)
+        return inclusion(keys, k, tau_rank, tau_sel, noise_fraction=0)
+
+    def choose(self, keys: Tensor, k_int: int) -> tuple[Tensor, Tensor]:
+        """The tokens that are processed and those that are not, see :func:`shiva_ext.ops.topk_select`."""
+        return ops.topk_select(keys.detach(), k_int)
 
     @abstractmethod
     def _run(self, block_fn, x, pi, kept, rejected, update) -> Tensor:
@@ -213,21 +224,3 @@ class CounterfactualEstimator(Estimator):
         if self.kappa == "auto":
             return _SelfCalibratedScatter.apply(x, kept, rejected, src, pi, update)
         return ops.counterfactual_scatter(x, kept, src, pi, update, float(self.kappa))
-
-
-ESTIMATORS: dict[str, Callable[..., Estimator]] = {
-    "counterfactual": CounterfactualEstimator,
-    "residual": ResidualEstimator,
-    "residual_flipped": partial(ResidualEstimator, flipped=True),
-}
-
-
-def get_estimator(name: str = "counterfactual", **options) -> Estimator:
-    """An estimator by name, with its constructor's options.
-
-    Raises:
-        ValueError: no estimator has this name; the message lists those there are.
-    """
-    if name not in ESTIMATORS:
-        raise ValueError(f"get_estimator: got {name!r}, wanted one of {', '.join(sorted(ESTIMATORS))}")
-    return ESTIMATORS[name](**options)

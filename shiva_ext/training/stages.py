@@ -8,7 +8,7 @@ from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import Tensor, nn
 
 from shiva_ext.hooks import SelectionState
-from shiva_ext.selection import Estimator, perturb
+from shiva_ext.selection import Estimator
 
 
 @dataclass
@@ -92,7 +92,7 @@ class StudentPass:
                 self.finite = False  # the pass goes on: other processes wait for its messages
                 scores = torch.nan_to_num(scores)
             if group is not None:  # one draw of the exploration noise for all layers of the group
-                scores = perturb(scores, self.estimator.noise_fraction, self.estimator.generator)
+                scores = self.estimator.perturb(scores)
         if group is not None:
             self.scores[group] = first, scores
         return scores
