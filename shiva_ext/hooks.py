@@ -17,7 +17,7 @@ from .methods.base import BLOCK, BlockCall, Method
 from .methods.memory import RunMemory
 from .models import Conditioning, ModelAdapter
 from .models.fused import find_form, why_not
-from .reconstruct import IDENTITY, reconstruct
+from .reconstruct import IDENTITY, LAST, reconstruct
 from .selection.budget import default_tile
 
 HOOK_NAME = "shiva_ext"
@@ -99,6 +99,13 @@ class SelectionState:
     def forget(self) -> None:
         """No level is announced any more."""
         self.sigma, self.quota, self.fixed, self.progress = None, (), False, None
+
+    @property
+    def stateful(self) -> str | None:
+        """What carries tensors from step to step, if anything does."""
+        if self.method is not None:
+            return type(self.method).__name__ if self.method.stateful else None
+        return f"reconstruct={LAST!r}" if self.reconstruct == LAST else None
 
     @property
     def wants_grid(self) -> bool:
@@ -236,6 +243,11 @@ class TransformerHook(ModelHook):
         state, forward = self.state, self.fn_ref.original_forward
         if not state.wants_grid:
             return forward(*args, **kwargs)
+        if torch.compiler.is_compiling() and state.stateful is not None:
+            raise RuntimeError(
+                f"shiva_ext: {state.stateful} carries tensors from one step to the next, which a compiled transformer "
+                "cannot; run it without torch.compile"
+            )
         x = state.adapter.bind(forward, args, kwargs)["hidden_states"]
         state.memory.begin(state.sigma, x)
         output = forward(*args, **kwargs)
@@ -288,6 +300,8 @@ class BlockHook(ModelHook):
         """Why a call with these named arguments does not run fused; None if it does."""
         if not self.state.fused:
             return "fused=False"
+        if self.state.method is not None:
+            return f"{type(self.state.method).__name__} merges its tokens"
         if self.state.reconstruct != IDENTITY:
             return f"reconstruct={self.state.reconstruct!r}"
         if isinstance(self.form, str):

@@ -12,6 +12,7 @@ from python_tests.models.tiny import LAYERS, WIDTH, N, make_inputs, make_model, 
 from shiva_ext.methods import IBTM, METHODS, SDTM, ToFu, ToMA, ToMeSD
 from shiva_ext.methods.memory import RunMemory
 from shiva_ext.methods.toma import facility_location, tiles_of_tokens
+from shiva_ext.selection import RandomSelector
 
 BOTH = ("attention", "mlp")
 EVERY = [
@@ -362,6 +363,7 @@ def test_a_pipeline_runs_with_it(method):
 
 
 def test_fixed_destinations_compile_into_one_graph():
+    torch._dynamo.reset()
     model = make_model()
     method = ToMeSD(0.5, random=False, sites=("block",))
     with torch.no_grad(), shiva_ext.enable(model, method, batched_guidance=True) as handle:
@@ -370,6 +372,25 @@ def test_fixed_destinations_compile_into_one_graph():
             handle.at(sigma)
             inputs = make_inputs(4, sigma=sigma)
             torch.testing.assert_close(compiled(**inputs)[0], model(**inputs)[0])
+
+
+@pytest.mark.parametrize(
+    ("source", "options", "message"),
+    [(SDTM(), {}, "SDTM carries"), (RandomSelector(0.5), {"reconstruct": "last"}, "reconstruct='last' carries")],
+)
+def test_what_has_a_state_refuses_to_be_compiled(source, options, message):
+    model = make_model()
+    with torch.no_grad(), shiva_ext.enable(model, source, batched_guidance=False, **options) as handle:
+        handle.at(0.9)
+        with pytest.raises(Exception, match=message):
+            torch.compile(model, fullgraph=True, backend="eager")(**make_inputs(4, sigma=0.9))
+
+
+def test_summary_says_that_blocks_merge():
+    model = make_model()
+    with shiva_ext.enable(model, ToMA()):
+        summary = shiva_ext.summary(model)
+    assert set(summary.wrapped.values()) == {"ToMA merges its tokens"} and "0 pruned blocks run fused" in str(summary)
 
 
 def test_width_of_the_tiny_model_is_what_flops_are_counted_for():

@@ -34,9 +34,12 @@ SELECTIONS = {
     "asan": ([MATRIX, SIZES, INPLACE], f"{SLOW} or ((random or nan) and (contiguous or sliced) and not large)"),
     "race": ([MATRIX, SIZES, INPLACE], f"{SLOW} or (random and (contiguous or sliced) and not large)"),
 }
-# Of these, what is left to the nightly run and to the mutants: float16 does what bfloat16 does, and strides matter to
-# the width of an access, not to who waits for whom.
-NIGHTLY_ALONE = {"asan": "torch.float16", "race": "torch.float16 or (random and sliced)"}
+# Of these, what is left to the nightly run and to the mutants: float16 does what bfloat16 does, float64 is the same
+# source as float32, and strides matter to the width of an access, not to who waits for whom.
+NIGHTLY_ALONE = {
+    "asan": "torch.float16 or torch.float64",
+    "race": "torch.float16 or torch.float64 or (random and sliced)",
+}
 
 
 def load_simulated():

@@ -103,7 +103,10 @@ class Method(ABC):
     Attributes:
         first_layer: blocks before it stay dense.
         sites: where tokens are merged: "attention", "mlp", or "block" for both with one merge at the entry.
+        stateful: whether it carries tensors from step to step, so that its model cannot be compiled.
     """
+
+    stateful = True
 
     first_layer: int
     sites: tuple[str, ...]

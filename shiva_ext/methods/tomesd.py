@@ -30,6 +30,8 @@ class ToMeSD(Method):
     first_layer: int = 0
     seed: int = 0
 
+    stateful = False
+
     def __post_init__(self):
         self._check()
         if self.window < 2:
