@@ -122,7 +122,7 @@ def _bench_trial(args) -> None:
 def _bench_pareto(args) -> None:
     from .bench.pareto import run
 
-    run(args.samples, args.methods, args.out, args.cache_dir, args.model_dir)
+    run(args.samples, args.methods, args.out, args.cache_dir, args.model_dir, testbed=args.testbed)
 
 
 def _report_testbed(args) -> None:
@@ -215,6 +215,7 @@ def parser() -> argparse.ArgumentParser:
     sub.set_defaults(run=_bench_trial)
 
     sub = bench.add_parser("pareto", help="every method at several strengths: quality against time, as a page")
+    sub.add_argument("--testbed", default="fashion", help="fashion or emoji")
     sub.add_argument("--samples", type=int, default=1000, help="images a cell")
     sub.add_argument("--methods", nargs="*", metavar="NAME", help="by default all; dense always runs")
     sub.add_argument("--out", default="results", help="folder of pareto.json, which finished cells are read from")

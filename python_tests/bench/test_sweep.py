@@ -5,10 +5,13 @@ import re
 
 import pytest
 import torch
+from diffusers import SD3Transformer2DModel
 from PIL import Image
 
 from shiva_ext.bench import pareto
 from shiva_ext.bench.pareto_page import duels
+from shiva_ext.testbed.beds import Emoji, get_testbed
+from shiva_ext.testbed.emoji import TRANSFORMER_CONFIG, compose, load_pictures
 from shiva_ext.testbed.model import PromptTable, build_transformer, save_model
 from shiva_ext.testbed.report import Study
 from shiva_ext.testbed.rows import Row
@@ -92,3 +95,35 @@ def test_the_shipped_sweep_has_four_strengths_of_every_rival():
     for name in ("Shiva", "fewer steps", "ToMeSD", "ToFu", "ToMA", "IBTM", "SDTM", "random", "largest norm"):
         assert sum(row.group == name for row in rows) >= 4
     assert {"dense", "dense fine-tuned"} <= {row.group for row in rows}
+
+
+def test_the_other_testbed_runs_through_the_same_sweep(tmp_path, monkeypatch):
+    """Colour, other labels, no foreground to be told: with a tiny model in place of the trained one."""
+    pytest.importorskip("emoji")
+    monkeypatch.setattr(Emoji, "REAL", 200)
+    torch.manual_seed(0)
+    config = TRANSFORMER_CONFIG | dict(num_layers=2, num_attention_heads=1, caption_projection_dim=64)
+    SD3Transformer2DModel(**config).save_pretrained(tmp_path / "model" / "transformer")
+    rows = [row for row in ROWS if row.group in ("dense", "Shiva", "SDTM")]
+    content = pareto.run(
+        samples=4, rows=rows, testbed="emoji", model_dir=tmp_path / "model", out=tmp_path, cache_dir=tmp_path / "cache",
+        batch_size=4, steps=STEPS, timing_repeats=1,
+    )  # fmt: skip
+    assert json.loads((tmp_path / "pareto_emoji.json").read_text()) == content
+    assert (tmp_path / "pareto_emoji.html").is_file() and (tmp_path / "pareto_emoji.png").is_file()
+    for cell in content["cells"].values():
+        assert cell["foreground_recall"] is None and cell["fid"] > 0 and 0 <= cell["accuracy"] <= 1
+
+
+def test_the_emoji_testbed_recognises_its_own_pictures(monkeypatch):
+    pytest.importorskip("emoji")
+    monkeypatch.setattr(Emoji, "REAL", 200)
+    bed = Emoji()
+    pictures, _ = load_pictures()
+    labels = bed.labels(50)
+    images, _ = compose(pictures[labels], torch.Generator().manual_seed(5))
+    features, found = bed.measure(images)
+    assert (found == labels).float().mean() > 0.9 and features.shape == (50, len(bed.statistics["mean"]))
+    assert len(set(bed.labels(337).tolist())) == 337
+    with pytest.raises(ValueError, match="wanted one of fashion, emoji"):
+        get_testbed("celeba")

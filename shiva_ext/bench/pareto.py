@@ -40,8 +40,10 @@ def _selectors(name: str, source: str, ratios: tuple[float, ...], **options) -> 
     ]
 
 
-def cells() -> list[Row]:
-    """All of the Fashion testbed's cells; ``group`` is the method, the name's end its strength."""
+def cells(testbed: str = "fashion") -> list[Row]:
+    """A testbed's cells; ``group`` is the method, the name's end its strength."""
+    if testbed == "emoji":
+        return _emoji_cells()
     mergers = (0.1, 0.25, 0.4, 0.5)
     kept = (0.9, 0.8, 0.7, 0.6)
     return [
@@ -60,6 +62,19 @@ def cells() -> list[Row]:
         *_selectors("random, nearest kept", "random", kept, reconstruct="nearest"),
         *_selectors("largest norm", "largest_norm", kept),
         *_cells("Shiva, last value", "artefact", "shiva60", {"60 %": {}, "50 %": {"budget": 0.5}}, reconstruct="last"),
+    ]
+
+
+def _emoji_cells() -> list[Row]:
+    """The dense model, ours, and the three rivals that were best on the other testbed."""
+    budgets = {"80 %": {"budget": 0.8}, "70 %": {"budget": 0.7}, "60 %": {}, "50 %": {"budget": 0.5}}
+    return [
+        Row("dense", steps=STEPS, group="dense"),
+        *(Row(f"fewer steps {steps}", steps=steps, group="fewer steps") for steps in (8, 7, 6, 5)),
+        *_cells(OURS, "artefact", "emoji60", budgets),
+        *_cells("ToMeSD", "method", "tomesd", _ratios(0.1, 0.25, 0.4, 0.5), **_WHOLE),
+        *_cells("IBTM", "method", "ibtm", _ratios(0.1, 0.25, 0.4, 0.5), similarity="cosine", **_WHOLE),
+        *_cells("SDTM", "method", "sdtm", _SDTM),
     ]
 
 
@@ -86,8 +101,8 @@ def measure(study: Study, row: Row) -> dict:
     images = study.images(row, 0)
     wanted = ("fid", "accuracy", "precision", "recall", "psnr", "foreground_recall", "gflops", "kept_share")
     cell = {"name": row.name, "method": row.group, "steps": row.steps} | {name: result[name] for name in wanted}
-    features, _ = study.classifier.measure(images)
-    cell["fid_error"] = bootstrap_error(features, study.statistics["mean"], study.statistics["covariance"])
+    (features, _), real = study.bed.measure(images), study.bed.statistics
+    cell["fid_error"] = bootstrap_error(features, real["mean"], real["covariance"])
     cell["ssim"] = ssim(images, study.images(study.dense, 0)).mean().item()
     ratios = [dense / mine for dense, mine in timing["pairs"]]
     cell |= {"speed_up": timing["speed_up"], "speed_up_range": [min(ratios), max(ratios)]}
@@ -107,42 +122,49 @@ def run(
     cache_dir: str | os.PathLike = "build/pareto",
     model_dir: str | os.PathLike | None = None,
     rows: list[Row] | None = None,
+    testbed: str = "fashion",
     **settings,
 ) -> dict:
     """Measure the cells that ``out/pareto.json`` does not hold yet, and write it, the page and the pictures.
+
+    The second testbed's are ``pareto_emoji.json`` and so on.
 
     Args:
         samples: images a cell.
         methods: names, as in the first column of the table; the dense model always runs. By default all.
         out: folder of ``pareto.json``, ``pareto.html`` and ``pareto.png``.
         cache_dir: of images.
-        model_dir: dense model; by default the Fashion testbed's.
+        model_dir: dense model; by default the testbed's.
         rows: cells; by default :func:`cells`.
+        testbed: "fashion" or "emoji".
         settings: further settings of :class:`Study`.
 
     Raises:
         ValueError: an unknown method.
     """
-    rows = cells() if rows is None else rows
+    rows = cells(testbed) if rows is None else rows
     known = list(dict.fromkeys(row.group for row in rows))
     unknown = [name for name in methods or [] if name not in known]
     if unknown:
         raise ValueError(
             f"shiva bench pareto: unknown method {unknown[0]!r}; wanted some of {', '.join(map(repr, known))}"
         )
-    study = Study(Path(cache_dir), samples, 1, model_dir, **{"steps": STEPS, "timing_repeats": 3} | settings)
-    out = Path(out)
-    content = _read(out / "pareto.json")
+    study = Study(
+        Path(cache_dir), samples, 1, model_dir, testbed=testbed, **{"steps": STEPS, "timing_repeats": 3} | settings
+    )
+    file = Path(out) / ("pareto.json" if testbed == "fashion" else f"pareto_{testbed}.json")
+    content = _read(file)
     wanted = [row for row in rows if not methods or row.group in methods or row.group == "dense"]
     missing = [row for row in wanted if key(study, row) not in content["cells"]]
     for row in missing:
         study.sample(row, 0)
     for row in missing:  # all times in one stretch: other work on the machine then meets all alike
         content["cells"][key(study, row)] = measure(study, row)
-        _write(out / "pareto.json", content)
+        _write(file, content)
     keys = [key(study, row) for row in rows if key(study, row) in content["cells"]]
     content = {
-        "command": f"shiva bench pareto --samples {samples}",
+        "command": f"shiva bench pareto --testbed {testbed} --samples {samples}",
+        "testbed": testbed,
         "samples": samples,
         "steps": STEPS,
         "guidance": study.guidance,
@@ -154,10 +176,10 @@ def run(
         "cells": {each: content["cells"][each] for each in keys},
     }
     content["noise"] = _noise(list(content["cells"].values()))
-    _write(out / "pareto.json", content)
+    _write(file, content)
     found = list(content["cells"].values())
-    draw(found, out / "pareto.png")
-    write_page(content, out / "pareto.html")
+    draw(found, file.with_suffix(".png"))
+    write_page(content, file.with_suffix(".html"))
     return content
 
 

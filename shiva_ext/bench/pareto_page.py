@@ -124,7 +124,7 @@ def _results(found: list[dict]) -> str:
                     f"{cell['precision']:.2f} / {cell['recall']:.2f}",
                     _number(cell["psnr"], ".1f"),
                     _number(cell["ssim"], ".3f"),
-                    f"{cell['foreground_recall']:.2f}",
+                    _number(cell["foreground_recall"], ".2f"),
                     "on it" if cell["name"] in best else "tie" if cell["name"] in tied else "",
                 )
             )
@@ -174,7 +174,8 @@ def write_page(content: dict, file: Path) -> None:
     page = (
         '<!doctype html><html lang="en"><meta charset="utf-8"><title>Methods side by side</title>'
         f"<style>{STYLE}body{{max-width:75rem}}</style><h1>Methods side by side</h1>"
-        f"<p>{content['samples']} images a cell from the same noise, {content['steps']} Euler steps unless named, "
+        f"<p>The {content['testbed']} testbed: "
+        f"{content['samples']} images a cell from the same noise, {content['steps']} Euler steps unless named, "
         f"guidance {content['guidance']:g}; {html.escape(machine)}. Times are medians of pairs with the dense model, "
         f"one after the other.{noise} Intervals are 1.96 deviations over resampled images. "
         f"Command: <code>{html.escape(content['command'])}</code></p>"

@@ -15,12 +15,14 @@ COLOURS = {"dense": "#444444", "shiva": "#c0392b", "other": "#2d7fb8"}
 
 
 def to_sheet(images: torch.Tensor, columns: int = 10) -> np.ndarray:
-    """Images [B, 1, H, W] in [-1, 1] side by side, uint8 [rows * H, columns * W]; cells left over are background."""
-    B, _, H, W = images.shape
+    """Images [B,C,H,W] in [-1, 1] side by side, uint8 [rows * H, columns * W], and colours behind if C is 3; cells left
+    over are background."""
+    B, C, H, W = images.shape
     rows = -(-B // columns)
-    cells = torch.full((rows * columns, H, W), -1.0)
-    cells[:B] = images.float().clamp(-1, 1).squeeze(1)
-    sheet = cells.view(rows, columns, H, W).transpose(1, 2).reshape(rows * H, columns * W)
+    cells = torch.full((rows * columns, C, H, W), -1.0)
+    cells[:B] = images.float().clamp(-1, 1)
+    sheet = cells.view(rows, columns, C, H, W).permute(0, 3, 1, 4, 2).reshape(rows * H, columns * W, C)
+    sheet = sheet[..., 0] if C == 1 else sheet
     return ((sheet + 1) * 127.5).round().to(torch.uint8).numpy()
 
 

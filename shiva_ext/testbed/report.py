@@ -18,11 +18,10 @@ from tqdm import tqdm
 
 from ..evaluation.flops import sd3_forward_flops
 from ..evaluation.metrics import ForegroundRecall, class_accuracy, frechet_distance, gaussian, precision_recall, psnr
-from .classifier import load_classifier, load_statistics
+from .beds import get_testbed
 from .figures import draw_grid, draw_report, print_table
-from .model import ASSETS, PROMPT_TOKENS, load_model
 from .rows import METHODS, ROWS, Row, artefact_folder
-from .sampling import BATCH_SIZE, GUIDANCE, STEPS, balanced_labels, generate, make_noise
+from .sampling import STEPS, generate
 
 # Part of every cache key: raise it when a change of the code below changes what a finished row would hold.
 VERSION = 2
@@ -78,34 +77,39 @@ class Study:
         samples: images a row and seed; the classes are balanced.
         seeds: noise seeds 0, 1, ... of the rows that are repeated.
         model_dir: dense model; by default the one that ships.
-        guidance, batch_size, dtype: of the sampling. Weights in bfloat16, as they ship, are the fastest on a CPU.
+        guidance, batch_size, dtype: of the sampling; by default the testbed's. Weights in bfloat16, as they ship, are
+            the fastest on a CPU.
         steps: of the dense model that PSNR and speed-up compare with.
         timing_repeats: pairs of batches (dense, row) that are timed after one pair to warm up.
+        testbed: "fashion" or "emoji".
     """
 
     cache_dir: Path
     samples: int = 2000
     seeds: int = 3
     model_dir: Path | None = None
-    guidance: float = GUIDANCE
-    batch_size: int = BATCH_SIZE
+    guidance: float | None = None
+    batch_size: int | None = None
     dtype: torch.dtype = torch.bfloat16
     steps: int = STEPS
     timing_repeats: int = 5
+    testbed: str = "fashion"
     _fingerprints: dict = field(default_factory=dict)
 
     def __post_init__(self):
-        self.cache_dir, self.model_dir = Path(self.cache_dir), Path(self.model_dir or ASSETS / "dense")
+        self.cache_dir = Path(self.cache_dir)
         self.cache_dir.mkdir(parents=True, exist_ok=True)
-        self.classifier, self.statistics = load_classifier(), load_statistics()
+        self.bed = get_testbed(self.testbed, self.model_dir)
+        self.guidance = self.bed.guidance if self.guidance is None else self.guidance
+        self.batch_size = self.bed.batch_size if self.batch_size is None else self.batch_size
         self.dense = Row("dense", steps=self.steps)
 
     def settings(self, row: Row) -> dict:
         """Everything that a row's images depend on, but for the seed."""
         settings = {key: value for key, value in asdict(row).items() if key not in ("name", "repeat", "group")}
         settings |= dict(version=VERSION, samples=self.samples, guidance=self.guidance, batch_size=self.batch_size)
-        settings |= dict(dtype=str(self.dtype), model=self._digest(self.model_dir))
-        settings |= dict(classifier=self._digest(ASSETS / "classifier"))
+        settings |= dict(dtype=str(self.dtype), model=self._digest(self.bed.model_dir))
+        settings |= dict(classifier=self._digest(self.bed.judge_dir))
         if folder := artefact_folder(row):
             settings["source"] = self._digest(folder)
         return settings
@@ -120,11 +124,15 @@ class Study:
         return self.cache_dir / f"{hashlib.sha256(settings.encode()).hexdigest()[:20]}.json"
 
     def _setup(self, row: Row):
-        transformer, prompts = load_model(self.model_dir, self.dtype)
+        transformer, prompts = self.bed.load(self.dtype)
         return transformer, prompts, METHODS[row.method](transformer, row, self.guidance > 1)
 
+    def _generate(self, transformer, prompts, labels: torch.Tensor, noise: torch.Tensor, steps: int) -> torch.Tensor:
+        null = self.bed.null_prompt
+        return generate(transformer, prompts, labels, noise, steps, self.guidance, self.batch_size, null_prompt=null)
+
     def images(self, row: Row, seed: int) -> torch.Tensor:
-        """The images of a finished row, float32 [samples, 1, 32, 32]."""
+        """The images of a finished row, float32 [samples, C, H, W]."""
         return load_file(self._file(row, seed=seed).with_suffix(".safetensors"))["images"].float()
 
     def kept_picture(self, row: Row, seed: int) -> Path:
@@ -143,7 +151,7 @@ class Study:
         is_dense = file == self._file(self.dense, seed=seed)
         reference = None if is_dense else self._reference(seed)
         transformer, prompts, method = self._setup(row)
-        labels, noise = balanced_labels(self.samples), make_noise(self.samples, seed)
+        labels, noise = self.bed.labels(self.samples), self.bed.noise(self.samples, seed)
         layers = transformer.config.num_layers
         recall, work, images = ForegroundRecall(), [({}, 0)] * row.steps, []
         config = transformer.config
@@ -151,14 +159,13 @@ class Study:
         batches = list(zip(labels.split(self.batch_size), noise.split(self.batch_size), strict=True))
         for some_labels, some_noise in tqdm(batches, desc=f"{row.name}, seed {seed}", mininterval=2):
             method.record(True)
-            some = generate(
-                transformer, prompts, some_labels, some_noise, row.steps, self.guidance, batch_size=self.batch_size
-            )
+            some = self._generate(transformer, prompts, some_labels, some_noise, row.steps)
             if not torch.isfinite(some).all():
                 raise ValueError(f"row {row.name!r}, seed {seed}: the sampler has diverged to NaN or infinite pixels")
             if kept := method.kept_tokens():
                 work = method.work(dim, tokens)
-                recall.add(some, kept, dense_layers=range(1, layers))
+                if self.bed.foreground:
+                    recall.add(some, kept, dense_layers=range(1, layers))
                 if not images:
                     share = kept_share(kept, range(1, layers), some_labels[:SHOWN].numel(), tokens)
                     draw_grid(2 * share - 1, file.with_suffix(".kept.png"), SHOWN)
@@ -169,6 +176,8 @@ class Study:
         result |= self._cost(transformer, work, method.router_width)
         # Nothing to count means that no layer was pruned.
         result["foreground_recall"] = 1.0 if recall.value is None else recall.value
+        if not self.bed.foreground:
+            result["foreground_recall"] = None
         result["settings"] = self.settings(row) | {"seed": seed}
         save_file({"images": images}, file.with_suffix(".safetensors"))
         draw_grid(images.float(), file.with_suffix(".png"))
@@ -180,9 +189,9 @@ class Study:
         return self.images(self.dense, seed)
 
     def _metrics(self, images: torch.Tensor, labels: torch.Tensor, reference: torch.Tensor | None) -> dict:
-        features, predicted = self.classifier.measure(images)
-        distance = frechet_distance(*gaussian(features), self.statistics["mean"], self.statistics["covariance"])
-        precision, recall = precision_recall(self.statistics["features"], features)
+        (features, predicted), real = self.bed.measure(images), self.bed.statistics
+        distance = frechet_distance(*gaussian(features), real["mean"], real["covariance"])
+        precision, recall = precision_recall(real["features"], features)
         result = dict(fid=distance, accuracy=class_accuracy(predicted, labels), precision=precision, recall=recall)
         # Equal images have no finite PSNR, and JSON has no infinity.
         decibels = None if reference is None else psnr(images, reference).mean().item()
@@ -191,7 +200,8 @@ class Study:
     def _cost(self, transformer: SD3Transformer2DModel, work: list[tuple[dict, int]], router_width: int) -> dict:
         tokens = (transformer.config.sample_size // transformer.config.patch_size) ** 2
         flops = sum(
-            sd3_forward_flops(transformer, PROMPT_TOKENS, tokens, kept, router_width) + more for kept, more in work
+            sd3_forward_flops(transformer, self.bed.prompt_tokens, tokens, kept, router_width) + more
+            for kept, more in work
         )
         flops *= 2 if self.guidance > 1 else 1
         # The first block is dense in every method: the share is that of the others.
@@ -204,14 +214,14 @@ class Study:
         file = self._file(row, timing=self.timing_repeats, threads=torch.get_num_threads())
         if file.is_file():
             return json.loads(file.read_text())
-        labels, noise = balanced_labels(self.batch_size), make_noise(self.batch_size, seed=0)
+        labels, noise = self.bed.labels(self.batch_size), self.bed.noise(self.batch_size, seed=0)
         models = [(self._setup(each), each.steps) for each in (self.dense, row)]
         pairs = []
         for _ in tqdm(range(self.timing_repeats + 1), desc=f"{row.name}, timing", mininterval=2):
             pair = []
             for (transformer, prompts, _), steps in models:
                 started = time.perf_counter()
-                generate(transformer, prompts, labels, noise, steps, self.guidance, batch_size=self.batch_size)
+                self._generate(transformer, prompts, labels, noise, steps)
                 pair.append((time.perf_counter() - started) / self.batch_size)
             pairs.append(pair)
         pairs = pairs[1:]

@@ -7,7 +7,7 @@ from diffusers import FlowMatchEulerDiscreteScheduler
 from torch import nn
 
 from .data import CLASSES, IMAGE_SIZE
-from .model import NULL_PROMPT, PromptTable
+from .model import NULL_PROMPT
 
 GUIDANCE = 2.0
 STEPS = 20
@@ -30,11 +30,11 @@ def schedule(steps: int) -> torch.Tensor:
     return scheduler.sigmas
 
 
-def make_noise(count: int, seed: int) -> torch.Tensor:
-    """Noise to start from, float32 [count, 1, 32, 32]: the same for every method; a smaller count is a prefix."""
+def make_noise(count: int, seed: int, shape: tuple[int, ...] = (1, IMAGE_SIZE, IMAGE_SIZE)) -> torch.Tensor:
+    """Noise to start from, float32 [count, *shape]: the same for every method; a smaller count is a prefix."""
     generator = torch.Generator().manual_seed(seed)
     # One draw an image: a single draw of all would order its numbers by their total count.
-    noise = torch.empty(count, 1, IMAGE_SIZE, IMAGE_SIZE)
+    noise = torch.empty(count, *shape)
     for image in noise:
         torch.randn(image.shape, generator=generator, out=image)
     return noise
@@ -48,13 +48,14 @@ def balanced_labels(count: int) -> torch.Tensor:
 @torch.no_grad()
 def generate(
     transformer: nn.Module,
-    prompts: PromptTable,
+    prompts: Callable[[torch.Tensor], tuple[torch.Tensor, torch.Tensor]],
     labels: torch.Tensor,
     noise: torch.Tensor,
     steps: int = STEPS,
     guidance: float = GUIDANCE,
     batch_size: int = BATCH_SIZE,
     on_step: Callable[[int, float, torch.Tensor], None] | None = None,
+    null_prompt: int = NULL_PROMPT,
 ) -> torch.Tensor:
     """Generate one image from each noise.
 
@@ -63,14 +64,15 @@ def generate(
 
     Args:
         transformer: ``SD3Transformer2DModel`` of the testbed, with or without a method on it.
-        prompts: the model's table of prompts.
+        prompts: the model's table of prompts: labels to prompt tokens and pooled prompts.
         labels: int64 [B], classes 0..9, or 10 for the empty prompt.
-        noise: float [B, 1, 32, 32].
+        noise: float [B, 1, 32, 32], or as the other testbed has it.
         steps: Euler steps.
         guidance: classifier-free guidance scale.
         batch_size: images at a time (the transformer's batch is twice that with guidance).
         on_step: called as ``on_step(step, sigma, images)`` after each step of each batch, with the noise level that the
             step started from and the state that it left, [b, 1, 32, 32].
+        null_prompt: label of the empty prompt.
 
     Returns:
         images, float32 [B, 1, 32, 32], roughly in [-1, 1], not clamped.
@@ -88,7 +90,7 @@ def generate(
     finished = []
     for part, images in zip(labels.split(batch_size), noise.float().split(batch_size), strict=True):
         guided = guidance > 1
-        tokens, pooled = prompts(torch.cat([torch.full_like(part, NULL_PROMPT), part]) if guided else part)
+        tokens, pooled = prompts(torch.cat([torch.full_like(part, null_prompt), part]) if guided else part)
         tokens, pooled = tokens.to(dtype), pooled.to(dtype)
         for step in range(steps):
             batch = torch.cat([images, images]) if guided else images
