@@ -72,11 +72,11 @@ class Summary:
         return "\n".join(lines)
 
 
-def _tokens(state: hooks.SelectionState, layer: int, N: int) -> int | tuple[int, int]:
+def _tokens(state: hooks.SelectionState, layer: int, N: int, step: int, steps: int) -> int | tuple[int, int]:
     """Tokens that a layer processes; of a method that merges, those of its attention and of its MLP."""
     if state.method is None:
         return state.tokens(layer, N)
-    found = state.method.tokens(layer, N, 1 - state.sigma)
+    found = state.method.tokens(layer, N, step, steps)
     return N if found == (N, N) else found
 
 
@@ -113,9 +113,10 @@ def summary(
     before = (state.sigma, state.quota, state.fixed)
     kept = []
     try:
-        for sigma in sigmas:
+        for step, sigma in enumerate(sigmas):
             state.at(sigma)
-            kept.append(tuple(_tokens(state, layer, num_tokens) for layer in range(len(state.quota))))
+            place = step, len(sigmas)
+            kept.append(tuple(_tokens(state, layer, num_tokens, *place) for layer in range(len(state.quota))))
     finally:
         state.sigma, state.quota, state.fixed = before
     router = getattr(state.selector, "router", None)

@@ -133,9 +133,11 @@ def _selector(
                 f"shiva_ext: source is a {type(source).__name__}, wanted an artefact's folder or hub id, a "
                 "ShivaArtifact, a method of shiva_ext.methods, or a selector with ratios() and scores()"
             )
-        if any(each is not None for each in (ratio, budget, sigmas, max_distinct_k, share_selection)):
+        refused = (ratio, budget, sigmas, max_distinct_k, share_selection, tile if method else None)
+        if any(each is not None for each in refused):
             raise ValueError(
-                "shiva_ext: ratio, budget, sigmas, max_distinct_k and share_selection are for artefacts; "
+                "shiva_ext: ratio, budget, sigmas, max_distinct_k, share_selection (and tile, with a method) are for "
+                "artefacts; "
                 f"{type(source).__name__} has its own ratios, give it others"
             )
         if method:

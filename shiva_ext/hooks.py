@@ -3,6 +3,7 @@
 import math
 from collections.abc import Iterable
 from contextlib import contextmanager
+from dataclasses import fields
 from functools import partial
 from typing import Protocol
 
@@ -17,7 +18,7 @@ from .methods.base import BLOCK, BlockCall, Method
 from .methods.memory import RunMemory
 from .models import Conditioning, ModelAdapter
 from .models.fused import find_form, why_not
-from .reconstruct import IDENTITY, LAST, reconstruct
+from .reconstruct import IDENTITY, LAST, NEAREST, reconstruct
 from .selection.budget import default_tile
 
 HOOK_NAME = "shiva_ext"
@@ -49,7 +50,6 @@ class SelectionState:
         fused: whether blocks that have a fused form run in it.
         wrapped: why blocks of the last call that was not compiled ran wrapped all the same, by layer.
         method: does more than choose tokens, see :class:`~shiva_ext.methods.Method`; None for a selector.
-        progress: share of the run's steps that are done, if a scheduler told, else None.
         memory: what is carried from step to step of a run, for the few methods and options that do.
         grid: height and width of this call's image in tokens, where a method wants them.
         plan: what a block's modules merge while it runs, by site.
@@ -71,7 +71,6 @@ class SelectionState:
         self.selector, self.adapter, self.fused = selector, adapter, fused
         self.reconstruct = reconstruct
         self.method: Method | None = getattr(selector, "method", None)
-        self.progress: float | None = None
         self.memory, self.plan = RunMemory(), {}
         self.grid: tuple[int, int] | None = None
         self.wrapped: dict[int, str] = {}
@@ -98,7 +97,7 @@ class SelectionState:
 
     def forget(self) -> None:
         """No level is announced any more."""
-        self.sigma, self.quota, self.fixed, self.progress = None, (), False, None
+        self.sigma, self.quota, self.fixed = None, (), False
 
     @property
     def stateful(self) -> str | None:
@@ -108,9 +107,17 @@ class SelectionState:
         return f"reconstruct={LAST!r}" if self.reconstruct == LAST else None
 
     @property
+    def progress(self) -> float:
+        """Share of the run's steps that are done; from the noise level where no scheduler tells."""
+        levels = [] if self.watch is None else self.watch.levels
+        if not levels:
+            return 1 - self.sigma
+        return sum(level > self.sigma + 1e-6 for level in levels) / len(levels)
+
+    @property
     def wants_grid(self) -> bool:
         """Whether rows and columns of the image matter."""
-        return self.method is not None or self.reconstruct != IDENTITY
+        return self.method is not None or self.reconstruct == NEAREST
 
     def read_sigma(self, timestep: Tensor) -> None:
         """Take the noise level from a call's timesteps [B], unless they are those of the announced level."""
@@ -172,10 +179,7 @@ class SelectionState:
         if self.guided:
             # Shiva-DiT (arXiv 2602.05605), eq. 32: both halves keep what either of them needs most.
             if x.shape[0] % 2:
-                raise ValueError(
-                    f"shiva_ext: batched guidance is on, but the batch has {x.shape[0]} samples, wanted an even "
-                    "number; enable with batched_guidance=False for a model called without guidance"
-                )
+                raise ValueError(f"shiva_ext: {_odd_batch(x.shape[0])}")
             unified = torch.maximum(*scores.chunk(2))
             return ops.topk_select(unified.detach(), k)[0].repeat(2, 1)
         return ops.topk_select(scores.detach(), k)[0]
@@ -203,6 +207,13 @@ class SelectionState:
             yield
         finally:
             module._gradient_checkpointing_func = checkpoint
+
+
+def _odd_batch(B: int) -> str:
+    return (
+        f"batched guidance is on, but the batch has {B} samples, wanted an even number; enable with "
+        "batched_guidance=False for a model called without guidance"
+    )
 
 
 class TransformerHook(ModelHook):
@@ -241,7 +252,7 @@ class TransformerHook(ModelHook):
     def _forward(self, *args, **kwargs):
         """The transformer's own forward, in its place in the run for those that have a memory of it."""
         state, forward = self.state, self.fn_ref.original_forward
-        if not state.wants_grid:
+        if state.method is None and state.reconstruct != LAST:
             return forward(*args, **kwargs)
         if torch.compiler.is_compiling() and state.stateful is not None:
             raise RuntimeError(
@@ -249,9 +260,13 @@ class TransformerHook(ModelHook):
                 "cannot; run it without torch.compile"
             )
         x = state.adapter.bind(forward, args, kwargs)["hidden_states"]
-        state.memory.begin(state.sigma, x)
+        if state.guided and len(x) % 2:
+            raise ValueError(f"shiva_ext: {_odd_batch(len(x))}")
+        # One batch has both halves of guidance: what comes again at a level of a pipeline is its solver's.
+        state.memory.begin(state.sigma, x, repeated=state.guided and state.watch is not None)
         output = forward(*args, **kwargs)
-        if state.method is not None:
+        # A call without guidance in a guided run is skip-layer guidance's.
+        if state.method is not None and state.guided == state.batched_guidance:
             # Models that learn a variance, too, give it in further channels.
             state.method.finish(output[0][:, : x.shape[1]], state.guided, state.grid, state.memory)
         return output
@@ -326,7 +341,7 @@ class BlockHook(ModelHook):
         if state.trainer is not None:
             return state.trainer.run_block(self.layer, x, run)
         if state.method is not None:
-            return state.method.run_block(self._call(x, run))
+            return state.method.run_block(self._call(type(module).__name__, x, run))
         N = x.shape[1]
         k = state.tokens(self.layer, N)
         if k == N:
@@ -346,7 +361,7 @@ class BlockHook(ModelHook):
             tokens = ops.token_scatter(x, kept, processed)
         return state.adapter.with_image_tokens(output, tokens)
 
-    def _call(self, x: Tensor, run) -> BlockCall:
+    def _call(self, kind: str, x: Tensor, run) -> BlockCall:
         state = self.state
 
         def record(leaders: Tensor, sites: tuple[str, ...]) -> None:
@@ -356,9 +371,10 @@ class BlockHook(ModelHook):
 
         return BlockCall(
             layer=self.layer,
+            kind=kind,
             x=x,
             sigma=state.sigma,
-            progress=1 - state.sigma if state.progress is None else state.progress,
+            progress=state.progress,
             grid=state.grid,
             guided=state.guided,
             memory=state.memory,
@@ -373,18 +389,25 @@ class BlockHook(ModelHook):
 class SiteHook(ModelHook):
     """On an attention or MLP inside a block: runs it on merged tokens where the block's method planned so."""
 
-    def __init__(self, state: SelectionState, site: str):
+    def __init__(self, state: SelectionState, site: str, index: int):
         super().__init__()
-        self.state, self.site = state, site
+        self.state, self.site, self.index = state, site, index
 
     def new_forward(self, module: nn.Module, *args, **kwargs):
         forward, merge = self.fn_ref.original_forward, self.state.plan.get(self.site)
         if merge is None:
             return forward(*args, **kwargs)
+        merge = merge.of_module(self.index) if hasattr(merge, "of_module") else merge
+        x = kwargs["hidden_states"] if "hidden_states" in kwargs else args[0]
+        if x.shape[1] != self.state.grid[0] * self.state.grid[1]:
+            raise ValueError(
+                f"shiva_ext: the {self.site} of a block was called with {x.shape[1]} tokens, wanted all "
+                f"{self.state.grid[0]} x {self.state.grid[1]}; turn forward chunking off, or give sites=('block',)"
+            )
         if "hidden_states" in kwargs:
-            output = forward(*args, **{**kwargs, "hidden_states": merge.merge(kwargs["hidden_states"])})
+            output = forward(*args, **{**kwargs, "hidden_states": merge.merge(x)})
         else:
-            output = forward(merge.merge(args[0]), *args[1:], **kwargs)
+            output = forward(merge.merge(x), *args[1:], **kwargs)
         if isinstance(output, tuple):
             return merge.unmerge(output[0]), *output[1:]
         return merge.unmerge(output)
@@ -419,11 +442,13 @@ def _site_hooks(block: nn.Module, state: SelectionState) -> list[tuple[nn.Module
     sites = state.adapter.merge_sites(block) if wanted else {}
     missing = [site for site in wanted if site not in sites]
     if missing:
+        choosable = any(each.name == "sites" for each in fields(state.method))
+        advice = "give sites=('block',)" if choosable else "use another method"
         raise ValueError(
             f"shiva_ext: {type(state.method).__name__} merges around {' and '.join(missing)}, which needs modules that "
-            f"take image tokens alone, and {type(block).__name__} has none; give sites=('block',), if it has them"
+            f"take image tokens alone, and {type(block).__name__} has none; {advice}"
         )
-    return [(module, SiteHook(state, site)) for site in wanted for module in sites[site]]
+    return [(module, SiteHook(state, site, i)) for site in wanted for i, module in enumerate(sites[site])]
 
 
 def wrapped_blocks(transformer: nn.Module, state: SelectionState) -> dict[int, str]:

@@ -90,10 +90,10 @@ class SchedulerWatch:
         self.entry = None
         if index < len(self.levels):
             self.state.at(self.levels[index])
-            self.state.progress = index / len(self.levels)
             self.entry = scheduler.timesteps[index]
         else:
             self.state.forget()  # the last step is done
+            self.state.memory.reset()
         self._read_guidance()
 
     def announced(self, timestep: Tensor) -> bool:

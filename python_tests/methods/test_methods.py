@@ -1,18 +1,24 @@
 """The methods on a tiny SD3: what each must hold to, and what it refuses."""
 
 import math
+from types import SimpleNamespace
 
 import pytest
 import torch
+from diffusers import DDIMScheduler, DPMSolverMultistepScheduler, FlowMatchHeunDiscreteScheduler
 from torch import nn
 
 import shiva_ext
+from python_tests.models import test_flux as flux
+from python_tests.models import test_pixart as pixart
 from python_tests.models.families import FAMILIES
 from python_tests.models.tiny import LAYERS, WIDTH, N, make_inputs, make_model, make_pipeline
 from shiva_ext.methods import IBTM, METHODS, SDTM, ToFu, ToMA, ToMeSD
 from shiva_ext.methods.memory import RunMemory
+from shiva_ext.methods.partition import best_destination, partition
 from shiva_ext.methods.toma import facility_location, tiles_of_tokens
 from shiva_ext.selection import RandomSelector
+from shiva_ext.selection.baselines import hash_rows
 
 BOTH = ("attention", "mlp")
 EVERY = [
@@ -28,6 +34,15 @@ EVERY = [
     SDTM(),
 ]
 LEVELS = (0.95, 0.8, 0.6, 0.4, 0.2)
+CALL = dict(
+    prompt_embeds=torch.linspace(-1, 1, 48).view(1, 3, 16),
+    negative_prompt_embeds=torch.zeros(1, 3, 16),
+    pooled_prompt_embeds=torch.linspace(-1, 1, 24).view(1, 24),
+    negative_pooled_prompt_embeds=torch.zeros(1, 24),
+    num_inference_steps=5,
+    guidance_scale=3.0,
+    output_type="latent",
+)
 
 
 @pytest.fixture(autouse=True)
@@ -99,7 +114,7 @@ def test_modules_run_on_as_many_tokens_as_said(sites, attention, mlp):
         model(**make_inputs(4))
         assert [spy.seen for spy in spies] == [[N], [attention], [mlp]]
         summary = shiva_ext.summary(model)
-    assert method.tokens(2, N, 0.5) == (attention, mlp) and method.tokens(0, N, 0.5) == (N, N)
+    assert method.tokens(2, N, 3, 8) == (attention, mlp) and method.tokens(0, N, 3, 8) == (N, N)
     assert summary.flop_speedup > 1 and summary.kept[0][0] == N and summary.kept[0][2] == 8
 
 
@@ -218,9 +233,25 @@ def test_toma_with_a_hard_assignment_is_a_mean_over_the_most_alike():
         torch.testing.assert_close(row, x[0, nearest == m].mean(dim=0), rtol=1e-4, atol=1e-5)
 
 
-def test_tiles_fit_any_grid():
-    assert tiles_of_tokens((5, 6), 4, "cpu").shape == (10, 3)
-    assert tiles_of_tokens((2, 4), 2, "cpu").tolist() == [[0, 1, 4, 5], [2, 3, 6, 7]]
+def test_tiles_and_their_rest_are_all_tokens():
+    tiles, rest = tiles_of_tokens((2, 4), 2, "cpu")
+    assert tiles.tolist() == [[0, 1, 4, 5], [2, 3, 6, 7]] and rest.tolist() == []
+    for grid in ((5, 6), (3, 9), (7, 7), (37, 53)):
+        tiles, rest = tiles_of_tokens(grid, 4, "cpu")
+        assert sorted([*tiles.flatten().tolist(), *rest.tolist()]) == list(range(grid[0] * grid[1]))
+        assert tiles.shape[1] == min(4, grid[0]) * min(4, grid[1])
+
+
+@pytest.mark.parametrize("grid", [(5, 5), (5, 7), (3, 10)])
+def test_toma_leaves_what_fills_no_tile(grid):
+    N_, x = grid[0] * grid[1], torch.randn(2, grid[0] * grid[1], 8)
+    merge = ToMA(0.5, scale=1e4).match(x, grid)
+    tiles, rest = tiles_of_tokens(grid, 4, "cpu")
+    assert merge.leaders.shape[1] == tiles.numel() // 2 + len(rest) < N_
+    back = merge.unmerge(merge.merge(x))
+    torch.testing.assert_close(back[:, rest], x[:, rest])
+    same = torch.full_like(x, 0.3)
+    torch.testing.assert_close(merge.unmerge(merge.merge(same)), same)
 
 
 def test_toma_shares_over_blocks_and_steps(monkeypatch):
@@ -254,19 +285,136 @@ def test_sdtm_is_dense_every_third_step_merges_windows_then_single_tokens():
             assert set(in_window.tolist()) <= {1, 4}
 
 
-def test_sdtm_gives_merged_tokens_a_tenth_of_the_groups_output():
-    """With everything equal from step to step but the blend, the output lies on the line between both ends."""
-    model = make_model(num_layers=1)
-    outputs = {}
-    for blend in (0.0, 0.25, 1.0):
-        found, _ = run(model, SDTM(blend=blend, full_every=4), levels=(0.95, 0.94))
-        outputs[blend] = found
-    # One block of one site would be exact; the MLP follows the attention, so only the ends are compared.
-    assert torch.equal(outputs[0.0][0], outputs[1.0][0])
-    assert not torch.allclose(outputs[0.0][1], outputs[1.0][1])
-    dense = model(**make_inputs(4, sigma=0.94))[0]
-    near, far = ((outputs[b][1] - dense).norm() for b in (0.0, 1.0))
-    assert near < far  # outputs of a step before are nearer than those of neighbours
+@pytest.mark.parametrize("dual", [(), (0,)])
+def test_sdtm_gives_merged_tokens_a_tenth_of_the_groups_output(dual):
+    """Of each module by itself: what comes out is .1 of the group's and .9 of the token's own of the full step."""
+    model = make_model(num_layers=1, dual_attention_layers=dual, qk_norm="rms_norm")
+    block = model.transformer_blocks[0]
+    modules = [block.attn, block.ff] + ([block.attn2] if dual else [])
+    with torch.no_grad(), shiva_ext.enable(model, SDTM(blend=0.1), batched_guidance=True) as handle:
+        handle.record()
+        seen = {module: [] for module in modules}
+        hooks = [m.register_forward_hook(lambda m, args, out: seen[m].append(out)) for m in modules]
+        model(**make_inputs(4, sigma=0.95))
+        inner = {}
+        for module in modules:  # below our hook: what the module itself gives on merged tokens
+            original = module._diffusers_hook.get_hook("shiva_ext").fn_ref.original_forward
+            module._diffusers_hook.get_hook("shiva_ext").fn_ref.original_forward = _keeping(original, inner, module)
+        model(**make_inputs(4, sigma=0.94))
+        for hook in hooks:
+            hook.remove()
+        leaders = handle.records[1]["kept"][0]
+    merged = torch.ones(4, N, dtype=torch.bool).scatter(1, leaders, False)
+    for module in modules:
+        full, now = (out[0] if isinstance(out, tuple) else out for out in seen[module])
+        rest = now[merged] - 0.9 * full[merged]  # a tenth of some group's output
+        tenth = 0.1 * inner[module].flatten(0, 1)
+        assert ((rest[:, None] - tenth[None]).abs().amax(-1).amin(1) < 1e-4).all()
+        assert torch.equal(now[~merged], inner[module].flatten(0, 1))
+
+
+def _keeping(forward, inner, module):
+    def kept(*args, **kwargs):
+        output = forward(*args, **kwargs)
+        inner[module] = output[0] if isinstance(output, tuple) else output
+        return output
+
+    return kept
+
+
+def test_sdtm_takes_the_windows_that_are_alike_and_those_long_merged():
+    x = torch.randn(1, 16, 8)
+    windows = torch.arange(16).view(2, 2, 2, 2).transpose(1, 2).reshape(4, 4)
+    x[:, windows[2]] = x[:, windows[2][:1]] + 0.01 * torch.randn(1, 4, 8)
+    call = SimpleNamespace(x=x, layer=0, sigma=0.9)
+    groups = SDTM()._structure(call, windows, torch.zeros(1, 16), 3)
+    assert set(groups.merged[0].tolist()) < set(windows[2].tolist())
+    same = SimpleNamespace(x=torch.ones(1, 16, 8), layer=0, sigma=0.9)
+    age = torch.zeros(1, 16)
+    age[:, windows[3]] = 5
+    groups = SDTM()._structure(same, windows, age, 3)
+    assert set(groups.merged[0].tolist()) < set(windows[3].tolist())
+
+
+def test_constant_importance_reduces_ibtm_to_random_destinations():
+    """With everything in the pool, and all equally important, it is ToMe with random destinations."""
+    x = torch.randn(2, N, 8)
+    found = IBTM(0.5, pool=10.0, similarity="cosine").match(x, torch.ones(1, N), 8, (4, 4), key=11)
+    drawn = hash_rows(N, [11], x.device).float()
+    destinations = drawn.topk(4).indices.sort().values.expand(2, -1)
+    wanted = partition(*best_destination(x, destinations), 8)
+    assert torch.equal(found.leaders, wanted.leaders) and torch.equal(found.position, wanted.position)
+
+
+@pytest.mark.parametrize("scheduler", [DDIMScheduler, DPMSolverMultistepScheduler, FlowMatchHeunDiscreteScheduler])
+def test_a_pipelines_progress_is_that_of_its_steps(scheduler):
+    """Also for schedulers that count no steps, or evaluate a level twice: SDTM reaches its detail stage."""
+    model = make_model()
+    pipe = make_pipeline(model)
+    options = {} if scheduler is FlowMatchHeunDiscreteScheduler else dict(num_train_timesteps=1000)
+    pipe.scheduler = scheduler(**options)
+    with torch.no_grad(), shiva_ext.enable(pipe, SDTM()) as handle:
+        handle.record()
+        seen = []
+        pipe.scheduler.set_timesteps(10)
+        for timestep in pipe.scheduler.timesteps:
+            model(**make_inputs(4, sigma=float(timestep) / 1000))
+            seen.append(handle.records[-1])
+    stages = [set(record["sites"].values()) for record in seen]
+    assert {BOTH} in stages and {("mlp",)} in stages
+    assert stages.index({BOTH}) < stages.index({("mlp",)})
+
+
+def test_skip_layer_guidance_leaves_the_memory_of_the_run():
+    """Its call has another batch and comes at the same level."""
+    model = make_model()
+    pipe = make_pipeline(model)
+    kept = []
+    for sigmas_with_skips in (False, True):
+        with torch.no_grad(), shiva_ext.enable(pipe, IBTM(), batched_guidance=True) as handle:
+            handle.record()
+            for sigma in LEVELS:
+                model(**make_inputs(4, sigma=sigma))
+                if sigmas_with_skips:
+                    model(**make_inputs(2, sigma=sigma), skip_layers=[1])
+        kept.append([r["kept"] for r in handle.records if all(len(i) == 4 for i in r["kept"].values())])
+    plain, skipping = [[k[1].tolist() for k in run if k] for run in kept]
+    assert plain == skipping and len(plain) == 3
+
+
+def test_an_odd_batch_of_guidance_is_refused():
+    model = make_model()
+    with shiva_ext.enable(model, IBTM(), batched_guidance=True), pytest.raises(ValueError, match="3 samples"):
+        model(**make_inputs(3))
+
+
+def test_nothing_is_held_after_a_pipelines_last_step():
+    pipe = make_pipeline(make_model())
+    with shiva_ext.enable(pipe, SDTM()) as handle:
+        pipe(**CALL, generator=torch.Generator().manual_seed(0))
+        assert handle.state.memory.bytes == 0
+
+
+@pytest.mark.parametrize("method", [SDTM(), IBTM(plain_steps=3), ToMeSD(0.25), ToMA()], ids=ident)
+def test_summary_says_what_a_run_does(method):
+    model, steps = make_model(), 9
+    levels = [1 - i / steps for i in range(steps)]
+    _, handle = run(model, method, levels)
+    with shiva_ext.enable(model, method, batched_guidance=True):
+        summary = shiva_ext.summary(model, steps=levels)
+    for record, row in zip(handle.records, summary.kept, strict=True):
+        assert [record["kept"][layer].shape[1] if layer in record["kept"] else N for layer in range(LAYERS)] == list(
+            row
+        )
+
+
+def test_matching_sees_small_differences_in_half_precision():
+    """Tokens that differ by less than bfloat16 tells in a cosine: what is merged must not follow their order."""
+    torch.manual_seed(0)
+    x = (torch.ones(1, 1024, 64) + 0.05 * torch.randn(1, 1024, 64)).bfloat16()
+    call = SimpleNamespace(x=x, grid=(32, 32), layer=0, sigma=0.5)
+    groups = ToMeSD(0.3).match(call)
+    assert 0.4 < (groups.merged < 512).float().mean() < 0.6
 
 
 def test_sdtm_forgets_a_run_that_ended():
@@ -293,9 +441,12 @@ def test_sdtm_forgets_a_run_that_ended():
         (lambda: ToMA(scale=0.0), "scale is 0"),
         (lambda: IBTM(similarity="dot"), "similarity is 'dot'"),
         (lambda: IBTM(0.8), "destinations is 0.25"),
-        (lambda: IBTM(plain_steps=0), "plain_steps"),
+        (lambda: IBTM(plain_steps=0), "plain_steps is 0"),
+        (lambda: IBTM(pool=0.0), "pool is 0"),
+        (lambda: IBTM(first_layer=7, last_layer=3), "last_layer is 3, before first_layer 7"),
+        (lambda: SDTM(blend=2.0), "blend is 2"),
         (lambda: SDTM(0.1), "swing is 0.2"),
-        (lambda: SDTM(full_every=0), "full_every"),
+        (lambda: SDTM(full_every=0), "full_every is 0"),
     ],
 )
 def test_wrong_settings_say_so(make, message):
@@ -305,7 +456,7 @@ def test_wrong_settings_say_so(make, message):
 
 def test_enable_refuses_what_makes_no_sense():
     model = make_model()
-    for options in (dict(ratio=0.5), dict(budget=0.5), dict(sigmas=[0.5])):
+    for options in (dict(ratio=0.5), dict(budget=0.5), dict(sigmas=[0.5]), dict(tile=4)):
         with pytest.raises(ValueError, match="ToMeSD has its own"):
             shiva_ext.enable(model, ToMeSD(), **options)
     with pytest.raises(ValueError, match="reconstruct is for selectors"):
@@ -315,45 +466,65 @@ def test_enable_refuses_what_makes_no_sense():
     assert not any(hasattr(m, "_diffusers_hook") for m in model.modules())
 
 
-@pytest.mark.parametrize("name", FAMILIES)
-def test_every_family_merges_whole_blocks_or_says_why_not(name):
+MERGING = {"dit": True, "sana": False}  # whether attention and MLP by themselves can merge, too
+
+
+@torch.no_grad()
+def check_family(model, arguments, modules: bool):
+    dense = model(**arguments)[0]
+    for method in (ToMeSD(0.5, sites=("block",)), ToMA(0.5)):
+        with shiva_ext.enable(model, method, batched_guidance=False) as handle:
+            handle.record()
+            merged = model(**arguments)[0]
+        assert merged.shape == dense.shape and torch.isfinite(merged).all() and not torch.equal(merged, dense)
+        assert all(record["kept"] for record in handle.records)
+    if modules:
+        with shiva_ext.enable(model, ToMeSD(0.5), batched_guidance=False):
+            assert not torch.equal(model(**arguments)[0], dense)
+    else:
+        for method, advice in ((ToMeSD(0.5), r"sites=\('block',\)"), (SDTM(), "use another method")):
+            with pytest.raises(ValueError, match=advice):
+                shiva_ext.enable(model, method)
+    assert torch.equal(model(**arguments)[0], dense)
+
+
+@pytest.mark.parametrize("name", MERGING)
+def test_families_with_a_grid_merge(name):
     family = FAMILIES[name]
     torch.manual_seed(0)
     model = family.build(**next(iter(family.configs.values())))
-    arguments = family.inputs(model, 2, 0.7)
-    dense = model(**arguments)[0]
-    method = ToMeSD(0.5, sites=("block",))
-    with torch.no_grad():
-        try:
-            with shiva_ext.enable(model, method, batched_guidance=False):
-                merged = model(**arguments)[0]
-        except TypeError as error:
-            assert "not for it" in str(error)
-            return
-        assert merged.shape == dense.shape and torch.isfinite(merged).all() and not torch.equal(merged, dense)
-        try:
-            with shiva_ext.enable(model, ToMeSD(0.5), batched_guidance=False):
-                model(**arguments)
-        except ValueError as error:
-            assert "sites=('block',)" in str(error)
-    torch.testing.assert_close(model(**arguments)[0], dense, rtol=0, atol=0)
+    check_family(model, family.inputs(model, 2, 0.7), MERGING[name])
+
+
+def test_pixart_merges():
+    check_family(pixart.make_model(), pixart.make_inputs(2), True)
+
+
+def test_flux_merges_and_refuses_what_is_not_one_picture():
+    model = flux.make_model()
+    arguments = flux.make_inputs(model, 1)
+    check_family(model, arguments, False)
+    arguments["img_ids"] = arguments["img_ids"].clone()
+    arguments["img_ids"][0, 1] = 40
+    with shiva_ext.enable(model, ToMA(0.5)), pytest.raises(TypeError, match="not one picture"), torch.no_grad():
+        model(**arguments)
+
+
+@pytest.mark.parametrize("name", ["qwenimage", "wan"])
+def test_families_without_a_grid_are_refused_in_words(name):
+    family = FAMILIES[name]
+    torch.manual_seed(0)
+    model = family.build(**next(iter(family.configs.values())))
+    with shiva_ext.enable(model, ToMA(0.5)), pytest.raises(TypeError, match="not for it"), torch.no_grad():
+        model(**family.inputs(model, 2, 0.7))
 
 
 @pytest.mark.parametrize("method", EVERY, ids=ident)
 def test_a_pipeline_runs_with_it(method):
     pipe = make_pipeline(make_model())
-    call = dict(
-        prompt_embeds=torch.randn(1, 3, 16),
-        negative_prompt_embeds=torch.randn(1, 3, 16),
-        pooled_prompt_embeds=torch.randn(1, 24),
-        negative_pooled_prompt_embeds=torch.randn(1, 24),
-        num_inference_steps=5,
-        guidance_scale=3.0,
-        output_type="latent",
-    )
 
     def image():
-        return pipe(**call, generator=torch.Generator().manual_seed(0)).images
+        return pipe(**CALL, generator=torch.Generator().manual_seed(0)).images
 
     dense = image()
     with shiva_ext.enable(pipe, method):

@@ -106,13 +106,19 @@ def measure(study: Study, row: Row) -> dict:
     cell["ssim"] = ssim(images, study.images(study.dense, 0)).mean().item()
     ratios = [dense / mine for dense, mine in timing["pairs"]]
     cell |= {"speed_up": timing["speed_up"], "speed_up_range": [min(ratios), max(ratios)]}
-    cell |= {"seconds": timing["seconds"], "dense_seconds": timing["dense_seconds"]}
+    cell |= {"seconds": timing["seconds"], "dense_seconds": timing["dense_seconds"], "machine": _machine()}
     strip = study.cache_dir / "strip.png"
     draw_grid(images, strip, SHOWN)
     kept = study.kept_picture(row, 0)
     cell["strip"] = base64.b64encode(strip.read_bytes()).decode()
     cell["kept"] = base64.b64encode(kept.read_bytes()).decode() if kept.is_file() else None
     return cell
+
+
+def _machine() -> str:
+    """What a cell's time was taken on; cells of several machines can meet in one file."""
+    threads = f"{torch.get_num_threads()} threads"
+    return f"{platform.machine()}, {torch.backends.cpu.get_cpu_capability()}, {threads}, torch {torch.__version__}"
 
 
 def run(
@@ -168,11 +174,6 @@ def run(
         "samples": samples,
         "steps": STEPS,
         "guidance": study.guidance,
-        "machine": {
-            "processor": f"{platform.machine()}, {torch.backends.cpu.get_cpu_capability()}",
-            "threads": torch.get_num_threads(),
-            "torch": torch.__version__,
-        },
         "cells": {each: content["cells"][each] for each in keys},
     }
     content["noise"] = _noise(list(content["cells"].values()))

@@ -167,7 +167,7 @@ def _pictures(found: list[dict]) -> str:
 def write_page(content: dict, file: Path) -> None:
     """Write the HTML page of a sweep's results."""
     found = list(content["cells"].values())
-    machine = ", ".join(f"{k} {v}" for k, v in content["machine"].items())
+    machine = "; ".join(dict.fromkeys(cell["machine"] for cell in found))
     noise = "" if content["noise"] is None else (
         f" The spread of the pairs of one cell was {content['noise']:.0%} of its speed-up in the median."
     )  # fmt: skip

@@ -71,10 +71,10 @@ def _correlations(gradient: dict[int, Tensor], truth: dict[int, Tensor]) -> tupl
     found = []
     for layer, wanted in truth.items():
         for mine, theirs in zip(gradient[layer].double(), wanted.double(), strict=True):
-            if mine.std() > 0:
-                pairs = ((mine, theirs), (mine.argsort().argsort().double(), theirs.argsort().argsort().double()))
-                found.append([torch.corrcoef(torch.stack(pair))[0, 1].item() for pair in pairs])
-    return tuple(statistics.fmean(column) for column in zip(*found, strict=True)) if found else (0.0, 0.0)
+            pairs = ((mine, theirs), (mine.argsort().argsort().double(), theirs.argsort().argsort().double()))
+            says = mine.std() > 0  # a row without a gradient says nothing
+            found.append([torch.corrcoef(torch.stack(pair))[0, 1].item() if says else 0.0 for pair in pairs])
+    return tuple(statistics.fmean(column) for column in zip(*found, strict=True))
 
 
 def _spread(draws: list[dict[int, Tensor]]) -> float:
@@ -104,7 +104,7 @@ def agreement(transformer: nn.Module, inputs: dict, result: dict, ratio: float, 
     for name in names:
         found = []
         for progress in PROGRESS:
-            estimator = get_estimator(name)
+            estimator = get_estimator(name, generator=torch.Generator().manual_seed(0))
             estimator.progress = progress
             gradient = score_gradients(transformer, inputs, result["scores"], ratio, estimator, noisy=False)
             found.append((*_correlations(gradient, result["truth"]), progress))

@@ -24,6 +24,8 @@ class Merge(Protocol):
     def unmerge(self, y: Tensor) -> Tensor:
         """[B,M,D] to [B,N,D]."""
 
+    # Optional: of_module(index) -> Merge, for one that must tell apart the modules of a site (SD3.5's two attentions).
+
 
 class SiteTokens(NamedTuple):
     """Tokens that the two halves of a block process."""
@@ -43,6 +45,7 @@ class BlockCall:
 
     Attributes:
         layer: index of the block.
+        kind: name of its class.
         x: [B,N,D], image tokens at its entry.
         sigma: noise level in [0, 1].
         progress: share of the run's steps that are done, in [0, 1); from the noise level where no scheduler tells.
@@ -56,6 +59,7 @@ class BlockCall:
     """
 
     layer: int
+    kind: str
     x: Tensor
     sigma: float
     progress: float
@@ -116,8 +120,8 @@ class Method(ABC):
         """Run one block."""
 
     @abstractmethod
-    def tokens(self, layer: int, N: int, progress: float) -> SiteTokens:
-        """How many of N tokens a block's attention and MLP process at this share of the run."""
+    def tokens(self, layer: int, N: int, step: int, steps: int) -> SiteTokens:
+        """How many of N tokens a block's attention and MLP process at a step of so many."""
 
     @abstractmethod
     def matching_flops(self, N: int, D: int) -> int:

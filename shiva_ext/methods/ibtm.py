@@ -14,6 +14,7 @@ from .partition import Partition, best_destination, partition
 
 SPATIAL, COSINE = "spatial", "cosine"
 _FIRST = 1e5  # above every similarity
+_TIE_BREAK = 1e-5
 
 
 @dataclass(frozen=True)
@@ -57,14 +58,20 @@ class IBTM(Method):
                 f"IBTM: destinations is {self.destinations}, wanted a share above 0 and at most 1 - ratio, "
                 f"{1 - self.ratio:.3g}: destinations are not merged"
             )
-        if self.pool <= 0 or self.plain_steps < 1:
-            raise ValueError("IBTM: wanted a positive pool and at least 1 of plain_steps, to learn what is important")
+        if not self.pool > 0:
+            raise ValueError(f"IBTM: pool is {self.pool}, wanted a positive number")
+        if self.plain_steps < 1:
+            raise ValueError(f"IBTM: plain_steps is {self.plain_steps}, wanted at least 1, to learn what is important")
+        if self.last_layer is not None and self.last_layer < self.first_layer:
+            raise ValueError(
+                f"IBTM: last_layer is {self.last_layer}, before first_layer {self.first_layer}: no block would merge"
+            )
 
     def _merges(self, layer: int) -> bool:
         return self.last_layer is None or layer <= self.last_layer
 
-    def tokens(self, layer: int, N: int, progress: float) -> SiteTokens:
-        merged = int(N * self.ratio) if self._merges(layer) and progress > 0 else 0
+    def tokens(self, layer: int, N: int, step: int, steps: int) -> SiteTokens:
+        merged = int(N * self.ratio) if self._merges(layer) and step >= self.plain_steps else 0
         return self._site_tokens(layer, N, N - merged)
 
     def finish(self, output: Tensor, guided: bool, grid: tuple[int, int], memory: RunMemory) -> None:
@@ -72,6 +79,11 @@ class IBTM(Method):
             raise ValueError(
                 "IBTM: importance is what guidance changes, wanted one batch of unconditional and conditional samples; "
                 "guide the pipeline, or enable with batched_guidance=True"
+            )
+        if output.ndim != 4:
+            raise ValueError(
+                f"IBTM: the model returns {list(output.shape)}, wanted an image [B,C,H,W] to read importance from; "
+                "this method is not for it"
             )
         unprompted, prompted = output.detach().float().chunk(2)
         change = (prompted - unprompted).abs().mean(dim=1, keepdim=True)
@@ -101,6 +113,8 @@ class IBTM(Method):
             score, nearest = best_destination(x, destinations)
         else:
             score, nearest = _nearest(grid, destinations)
+            # Whole distances are often equal: as published, a little noise decides, the same for both halves.
+            score = score + _TIE_BREAK * hash_rows(N, [key + 1], x.device).float() / 2**32
         # Those outside the pool go first.
         return partition(
             score.scatter_add(1, rest.repeat(2, 1), score.new_full((1, 1), _FIRST).expand(len(x), N)), nearest, r

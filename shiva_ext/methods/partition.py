@@ -86,10 +86,11 @@ def best_destination(metric: Tensor, destinations: Tensor) -> tuple[Tensor, Tens
     Returns:
         (score, nearest): float32 [B,N], the similarity, and -inf for the destinations themselves; int64 [B,N], which.
     """
-    unit = F.normalize(metric, dim=-1)
+    # In half precision most similarities are equal, and the first tokens would be merged whatever they are.
+    unit = F.normalize(metric.float(), dim=-1)
     score, index = torch.matmul(unit, ops.token_gather(unit, destinations).transpose(1, 2)).max(dim=-1)
     nearest = destinations.gather(1, index)
-    return score.float().scatter(1, destinations, -torch.inf), nearest
+    return score.scatter(1, destinations, -torch.inf), nearest
 
 
 def window_destinations(grid: tuple[int, int], window: int, batch: int, key: tuple | None, device) -> Tensor:

@@ -1,7 +1,7 @@
 """SDTM: structure first, then detail: where and how much is merged follows the run."""
 
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
@@ -24,6 +24,9 @@ class _Remembering:
     key: tuple
     leaders: None = None
 
+    def of_module(self, index: int) -> "_Remembering":
+        return replace(self, key=(*self.key, index))
+
     def merge(self, x: Tensor) -> Tensor:
         return x
 
@@ -38,7 +41,11 @@ class _Blended:
 
     groups: Partition
     share: float
-    before: Tensor | None
+    memory: RunMemory
+    key: tuple
+
+    def of_module(self, index: int) -> "_Blended":
+        return replace(self, key=(*self.key, index))
 
     @property
     def leaders(self) -> Tensor:
@@ -49,10 +56,11 @@ class _Blended:
 
     def unmerge(self, y: Tensor) -> Tensor:
         spread = self.groups.unmerge(y)
-        if self.before is None:
+        before = self.memory.get(*self.key)
+        if before is None:
             return spread
         merged = self.groups.merged
-        own = ops.token_gather(self.before, merged)
+        own = ops.token_gather(before, merged)
         return ops.token_scatter(spread, merged, torch.lerp(own, ops.token_gather(spread, merged), self.share))
 
 
@@ -65,18 +73,20 @@ class SDTM(Method):
     merged the longest. Every ``full_every``-th step is dense, and refreshes what merged tokens are blended with.
 
     Attributes:
-        ratio: mean share of the tokens to merge over a run; it falls by a cosine from ratio + swing to
-            ratio - swing. As published .3.
+        ratio: share of the tokens to merge: it falls by a cosine from ratio + swing to ratio - swing, with a mean of
+            ratio + .27 swing (full steps left out). As published .3.
         swing: as published .2.
         switch: share of the steps that are structure; as published .4.
-        structure_weight: of the turn-taking term: tokens long merged are merged less. As published .05.
+        structure_weight: of the age term in the structure's score: windows whose tokens have been merged for long
+            come first. As published .05, with the sign of the published code.
         blend: share of the merged output in what a merged token gets; the rest is its own output of the last full
             step. As published .1; 1 caches nothing.
         full_every: steps from one full step to the next; as published 3.
         first_layer: blocks before it stay dense.
         seed: of the windows' leaders, by a hash of (seed, layer, noise level).
 
-    The cache holds two tensors [B,N,D] a block. Left out, as in the published code: reweighting by the prompt.
+    How long a token has been merged is counted in each block, and every group's leader begins anew; the published code
+    leaves both open. The cache holds two tensors [B,N,D] a block. Left out, as there: reweighting by the prompt.
     """
 
     ratio: float = 0.3
@@ -94,10 +104,14 @@ class SDTM(Method):
         self._check()
         if not 0 <= self.swing <= min(self.ratio, 1 - self.ratio):
             raise ValueError(
-                f"SDTM: swing is {self.swing}, wanted at least 0 and such that ratio +- swing is in [0, 1]"
+                f"SDTM: swing is {self.swing}, wanted at least 0 and such that ratio - swing and ratio + swing are in "
+                f"[0, 1] (ratio is {self.ratio})"
             )
-        if not 0 <= self.blend <= 1 or not 0 <= self.switch <= 1 or self.full_every < 1:
-            raise ValueError("SDTM: wanted blend and switch in [0, 1] and full_every at least 1")
+        for name in ("blend", "switch"):
+            if not 0 <= getattr(self, name) <= 1:
+                raise ValueError(f"SDTM: {name} is {getattr(self, name)}, wanted a share in [0, 1]")
+        if self.full_every < 1:
+            raise ValueError(f"SDTM: full_every is {self.full_every}, wanted at least 1 (every step is full)")
 
     def ratio_at(self, progress: float) -> float:
         """Share of the tokens to merge: (ratio - swing) + 2 swing cos(pi progress / 2)."""
@@ -111,10 +125,10 @@ class SDTM(Method):
         r = min(int(N * self.ratio_at(progress)), N * 3 // 4)
         return round(r / 3) * 3 if self._is_structure(progress) else r
 
-    def tokens(self, layer: int, N: int, progress: float) -> SiteTokens:
-        """Of a step that merges; full steps are dense."""
-        if layer < self.first_layer:
+    def tokens(self, layer: int, N: int, step: int, steps: int) -> SiteTokens:
+        if layer < self.first_layer or step % self.full_every == 0:
             return SiteTokens(N, N)
+        progress = step / steps
         M = N - self.num_merged(N, progress)
         return SiteTokens(M if self._is_structure(progress) else N, M)
 
@@ -132,7 +146,7 @@ class SDTM(Method):
         if groups is None:
             return call.dense()
         sites = self.sites if self._is_structure(call.progress) else (MLP,)
-        return call.around({s: _Blended(groups, self.blend, call.memory.get(*keys[s])) for s in sites})
+        return call.around({s: _Blended(groups, self.blend, call.memory, keys[s]) for s in sites})
 
     def match(self, call: BlockCall) -> Partition | None:
         """The groups of this block, None if there is nothing to merge; counts how long each token has been merged."""

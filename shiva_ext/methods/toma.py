@@ -34,23 +34,25 @@ def facility_location(similarity: Tensor, count: int) -> Tensor:
     return torch.cat(chosen, dim=-1).sort(dim=-1).values
 
 
-def tiles_of_tokens(grid: tuple[int, int], tile: int, device) -> Tensor:
-    """The tokens of each tile, int64 [tiles, n]; its sides are the largest divisors of the grid's up to ``tile``."""
-    sides = [max(d for d in range(1, tile + 1) if side % d == 0) for side in grid]
-    index = torch.arange(grid[0] * grid[1], device=device)
-    index = index.view(grid[0] // sides[0], sides[0], grid[1] // sides[1], sides[1])
-    return index.transpose(1, 2).reshape(-1, sides[0] * sides[1])
+def tiles_of_tokens(grid: tuple[int, int], tile: int, device) -> tuple[Tensor, Tensor]:
+    """The tokens of each whole tile, int64 [tiles, n], and those in none, int64 [rest]: at the right and lower edge."""
+    sides = [min(tile, side) for side in grid]
+    index = torch.arange(grid[0] * grid[1], device=device).view(grid)
+    height, width = (side // each * each for side, each in zip(grid, sides, strict=True))
+    whole = index[:height, :width].reshape(height // sides[0], sides[0], width // sides[1], sides[1])
+    rest = torch.cat([index[:height, width:].flatten(), index[height:].flatten()])
+    return whole.transpose(1, 2).reshape(-1, sides[0] * sides[1]), rest
 
 
 @dataclass(frozen=True)
 class AttentionMerge:
-    """A soft assignment of the tokens of each tile to its destinations.
+    """A soft assignment of the tokens of each tile to its destinations; tokens in no tile stay as they are.
 
     Attributes:
-        leaders: int64 [B,M], the destinations, ascending.
-        order, back: int64 [N]: tile by tile, and back.
+        leaders: int64 [B,M], the destinations and the tokens in no tile, ascending.
+        order, back: int64 [N]: tile by tile, then the rest, and back.
         weights: [B,T,k,n]: over the destinations they sum to 1.
-        rank: int64 [B,M]: where each leader's row lies among those that come tile by tile; ``place`` the inverse.
+        rank, place: int64 [B,M]: the leaders' rows among those that come tile by tile, and back.
     """
 
     leaders: Tensor
@@ -62,16 +64,22 @@ class AttentionMerge:
 
     def merge(self, x: Tensor) -> Tensor:
         B, T, k, n = self.weights.shape
-        tiles = x.index_select(1, self.order).view(B * T, n, -1)
+        ordered = x.index_select(1, self.order)
         weights = (self.weights / self.weights.sum(dim=-1, keepdim=True)).flatten(0, 1).to(x.dtype)
-        merged = torch.bmm(weights, tiles).view(B, T * k, -1)
-        return merged.gather(1, self.rank[..., None].expand_as(merged))
+        merged = torch.bmm(weights, ordered[:, : T * n].reshape(B * T, n, -1)).view(B, T * k, -1)
+        return _rows(torch.cat([merged, ordered[:, T * n :]], dim=1), self.rank)
 
     def unmerge(self, y: Tensor) -> Tensor:
         B, T, k, n = self.weights.shape
-        tiles = y.gather(1, self.place[..., None].expand_as(y)).view(B * T, k, -1)
-        spread = torch.bmm(self.weights.flatten(0, 1).transpose(1, 2).to(y.dtype), tiles)
-        return spread.view(B, T * n, -1).index_select(1, self.back)
+        ordered = _rows(y, self.place)
+        tiles = ordered[:, : T * k].reshape(B * T, k, -1)
+        spread = torch.bmm(self.weights.flatten(0, 1).transpose(1, 2).to(y.dtype), tiles).view(B, T * n, -1)
+        return torch.cat([spread, ordered[:, T * k :]], dim=1).index_select(1, self.back)
+
+
+def _rows(x: Tensor, index: Tensor) -> Tensor:
+    """Rows [B,M] of x [B,M,D]."""
+    return x.gather(1, index[..., None].expand_as(x))
 
 
 @dataclass(frozen=True)
@@ -82,12 +90,13 @@ class ToMA(Method):
     softmax over the destinations, and what these give is spread by the transpose of it.
 
     Attributes:
-        ratio: share of the tokens to merge, in [0, 1); destinations are the rest of each tile, at least one.
-        tile: side of a tile; the largest divisor of the grid's side up to it is taken. The published Flux run has 4.
+        ratio: share of the tokens to merge, in [0, 1); destinations are the rest of each tile, rounded, at least one.
+        tile: side of a tile; tokens of the last rows and columns that fill none are left alone. The published Flux run
+            has 4.
         scale: of the cosine in the softmax; 1000 is nearly a hard assignment.
         reuse_steps: steps that share destinations and assignment. The published code makes it a setting; 3 is from its
             Flux run, as we read it.
-        reuse_blocks: whether the blocks of a step share them, so that only the first merged block computes any.
+        reuse_blocks: whether the blocks of one class share them in a step, so that only the first computes any.
         sites, first_layer: the published Flux run leaves 5 blocks of each kind dense, and merges around attention in
             joint blocks, around both in single ones.
     """
@@ -111,19 +120,19 @@ class ToMA(Method):
     def _kept(self, n: int) -> int:
         return max(1, round((1 - self.ratio) * n))
 
-    def tokens(self, layer: int, N: int, progress: float) -> SiteTokens:
+    def tokens(self, layer: int, N: int, step: int, steps: int) -> SiteTokens:
         n = min(self.tile**2, N)
         return self._site_tokens(layer, N, N * self._kept(n) // n)
 
     def matching_flops(self, N: int, D: int) -> int:
         n = min(self.tile**2, N)
         found = 2 * N * n * D // self.reuse_steps  # and by one block of a step alone, if they share
-        return (0 if self.reuse_blocks else found) + 2 * 2 * N * self._kept(n) * D * (1 if BLOCK in self.sites else 2)
+        return (0 if self.reuse_blocks else found) + 2 * 2 * N * self._kept(n) * D * len(self.sites)
 
     def run_block(self, call: BlockCall):
         if self.ratio == 0:
             return call.dense()
-        key = ("toma", None if self.reuse_blocks else call.layer)
+        key = ("toma", call.kind if self.reuse_blocks else call.layer)
         step, merge = call.memory.get(*key) or (None, None)
         if step is None or call.memory.step - step >= self.reuse_steps:
             step, merge = call.memory.step, self.match(call.x, call.grid)
@@ -132,13 +141,14 @@ class ToMA(Method):
 
     def match(self, x: Tensor, grid: tuple[int, int]) -> AttentionMerge:
         """Destinations and assignment for tokens x [B,N,D]."""
-        tiles = tiles_of_tokens(grid, self.tile, x.device)
+        tiles, rest = tiles_of_tokens(grid, self.tile, x.device)
         T, n = tiles.shape
-        order = tiles.flatten()
-        unit = F.normalize(x.index_select(1, order).float(), dim=-1).view(len(x), T, n, -1)
+        unit = F.normalize(x.index_select(1, tiles.flatten()).float(), dim=-1).view(len(x), T, n, -1)
         similarity = unit @ unit.transpose(-1, -2)
         chosen = facility_location(similarity, self._kept(n))  # [B,T,k]
         logits = similarity.gather(2, chosen[..., None].expand(*chosen.shape, n))
-        leaders, rank = tiles.expand(len(x), T, n).gather(2, chosen).flatten(1).sort(dim=1)
+        destinations = tiles.expand(len(x), T, n).gather(2, chosen).flatten(1)
+        leaders, rank = torch.cat([destinations, rest.expand(len(x), -1)], dim=1).sort(dim=1)
+        order = torch.cat([tiles.flatten(), rest])
         weights = torch.softmax(self.scale * logits, dim=2)
         return AttentionMerge(leaders, order, order.argsort(), weights, rank, rank.argsort(dim=1))

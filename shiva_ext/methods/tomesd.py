@@ -45,7 +45,7 @@ class ToMeSD(Method):
         """Tokens to merge: int(N * ratio), but no destination."""
         return min(int(N * self.ratio), N - destinations)
 
-    def tokens(self, layer: int, N: int, progress: float) -> SiteTokens:
+    def tokens(self, layer: int, N: int, step: int, steps: int) -> SiteTokens:
         return self._site_tokens(layer, N, N - self.num_merged(N, N // self.window**2))
 
     def matching_flops(self, N: int, D: int) -> int:

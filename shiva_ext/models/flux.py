@@ -33,8 +33,14 @@ class FluxAdapter(PerSampleAdapter):
         return 64 * 64  # 1024 x 1024 pixels, the pipeline's default; the configuration names no size
 
     def grid(self, transformer: nn.Module, arguments: dict) -> tuple[int, int]:
-        row, column = arguments["img_ids"][-1, 1:].tolist()
-        return int(row) + 1, int(column) + 1
+        positions, N = arguments["img_ids"], arguments["hidden_states"].shape[1]
+        height, width = (int(side) + 1 for side in positions.reshape(-1, 3)[:, 1:].amax(dim=0).tolist())
+        if height * width != N:
+            raise TypeError(
+                f"shiva_ext: the {N} image tokens are not one picture of {height} x {width} (Flux Kontext appends "
+                "others), so there are no rows and columns to work with; this method is not for it"
+            )
+        return height, width
 
     def forward_flops(self, transformer: nn.Module, *args, **options) -> int:
         return flux_forward_flops(transformer, *args, **options)

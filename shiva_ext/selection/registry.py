@@ -4,10 +4,17 @@ from collections.abc import Callable
 from functools import partial
 
 from .estimator import CounterfactualEstimator, Estimator, ResidualEstimator
-from .relaxed import NoiseEstimator, RelaxedEstimator, SoftSortEstimator, StraightThroughEstimator
+from .relaxed import (
+    CounterfactualTopKEstimator,
+    NoiseEstimator,
+    RelaxedEstimator,
+    SoftSortEstimator,
+    StraightThroughEstimator,
+)
 
 ESTIMATORS: dict[str, Callable[..., Estimator]] = {
     "counterfactual": CounterfactualEstimator,
+    "counterfactual_top_k": CounterfactualTopKEstimator,
     "residual": ResidualEstimator,
     "residual_flipped": partial(ResidualEstimator, flipped=True),
     "straight_through": StraightThroughEstimator,

@@ -2,14 +2,14 @@
 
 All execute the hard choice and relax it in the backward pass alone (straight-through), except where their class says
 otherwise: a budget that is exact in training, too, is what they are compared under. ``k`` may lie between two integers,
-so that a policy learns from each of them: between k and k + 1 a relaxation is interpolated.
+so that a policy learns from them: between k and k + 1 a relaxation is interpolated.
 """
 
 import torch
 from torch import Tensor
 
 from .. import ops
-from .estimator import Estimator, anneal
+from .estimator import CounterfactualEstimator, Estimator, anneal
 
 
 def gumbel(scores: Tensor, generator: torch.Generator | None = None) -> Tensor:
@@ -31,7 +31,8 @@ def soft_top_k(keys: Tensor, k: Tensor | float, whole: int, tau: float) -> Tenso
         [B,N] in (0, 1); about k in sum.
     """
     N = keys.shape[-1]
-    ordered = keys.sort(dim=-1, descending=True).values
+    # As a constant: else the two keys beside it would hear of all others.
+    ordered = keys.detach().sort(dim=-1, descending=True).values
     ordered = torch.cat([ordered[..., :1] + tau, ordered, ordered[..., -1:] - tau], dim=-1)
     between = (ordered[..., :-1] + ordered[..., 1:]) / 2  # [B,N+1]: the threshold for 0..N tokens
     threshold = between[..., whole] + (k - whole) * (between[..., min(whole + 1, N)] - between[..., whole])
@@ -146,11 +147,30 @@ class RelaxedEstimator(Estimator):
         return ops.counterfactual_scatter(x, kept, src, pi, torch.zeros_like(x), 0.0)
 
 
+class CounterfactualTopKEstimator(CounterfactualEstimator):
+    """The counterfactual estimator through a sigmoid around the k-th key instead of soft ranks.
+
+    A token's score then hears of its own worth alone, not of its neighbours' in the ranking.
+
+    Args:
+        tau: (start, end) of the sigmoid's temperature, in standard deviations of a row's keys.
+        **options: see :class:`CounterfactualEstimator`.
+    """
+
+    def __init__(self, tau: tuple[float, float] = (1.0, 0.1), **options):
+        super().__init__(**options)
+        self.tau = tau
+
+    def inclusion(self, keys: Tensor, k: Tensor | float, k_int: int) -> Tensor:
+        spread = keys.detach().std(dim=-1, correction=0, keepdim=True).clamp_min(1e-6)
+        return soft_top_k(keys / spread, k, k_int, anneal(self.progress, *self.tau))
+
+
 class SoftSortEstimator(RelaxedEstimator):
     """NeuralSort without the straight-through step: the block sees k mixtures of tokens, P x, and what it adds to them
     is spread by the transpose of P.
 
-    Not the hard choice that inference makes; the mixtures cost 2 k N D operations a block.
+    Not the hard choice that inference makes, and no gradient to k; the mixtures cost 2 k N D operations a block.
     """
 
     def __init__(self, noise: str = "gaussian", tau: tuple[float, float] = (1.0, 0.1), **options):

@@ -43,24 +43,24 @@ def _write(file: Path, text: str) -> None:
     os.replace(temporary, file)
 
 
-def kept_share(steps: list[dict[int, torch.Tensor]], layers: range, count: int, tokens: int) -> torch.Tensor:
-    """How often each token of the first images was kept, over steps and layers: float [count, 1, side, side] in [0, 1].
+def kept_share(steps: list[dict[int, torch.Tensor]], layers: range, B: int, tokens: int) -> torch.Tensor:
+    """How often each token was kept, over steps and layers: float [B, 1, side, side] in [0, 1].
 
     Args:
         steps: one dict a call from layer to kept indices, of B images or of both halves of B guided ones.
         layers: that count; those that a step does not name kept all tokens.
-        count, tokens: images and their tokens.
+        B, tokens: images and their tokens.
     """
-    share = torch.zeros(count, tokens)
+    share = torch.zeros(B, tokens)
     for kept in steps:
         for layer in layers:
             if layer in kept:
-                index = kept[layer][-max(count, len(kept[layer]) // 2) :][:count]  # the prompted half
+                index = kept[layer][-B:]  # the prompted half
                 share.scatter_add_(1, index.long(), torch.ones(index.shape))
             else:
                 share += 1
     side = math.isqrt(tokens)
-    return (share / (len(steps) * len(layers))).view(count, 1, side, side)
+    return (share / (len(steps) * len(layers))).view(B, 1, side, side)
 
 
 def _mean(tokens: int | tuple[int, int]) -> float:
@@ -167,7 +167,7 @@ class Study:
                 if self.bed.foreground:
                     recall.add(some, kept, dense_layers=range(1, layers))
                 if not images:
-                    share = kept_share(kept, range(1, layers), some_labels[:SHOWN].numel(), tokens)
+                    share = kept_share(kept, range(1, layers), len(some_labels), tokens)[:SHOWN]
                     draw_grid(2 * share - 1, file.with_suffix(".kept.png"), SHOWN)
             images.append(some)
         method.disable()
