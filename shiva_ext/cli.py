@@ -116,7 +116,7 @@ def _bench_estimators(args) -> None:
 def _bench_trial(args) -> None:
     from .bench.trial import run
 
-    run(args.steps, args.samples, args.out, args.dense_model, args.data_dir, args.seed)
+    run(args.steps, args.samples, args.out, args.dense_model, args.data_dir, args.seed, tuple(args.estimators))
 
 
 def _bench_pareto(args) -> None:
@@ -156,6 +156,7 @@ def _info(args) -> None:
 
 def parser() -> argparse.ArgumentParser:
     """The whole command line."""
+    from .bench.trial import ESTIMATORS as TRIED
     from .testbed.classifier import ClassifierConfig
     from .testbed.dense import DenseConfig
     from .testbed.emoji import CONFIG as EMOJI_CONFIG
@@ -212,6 +213,7 @@ def parser() -> argparse.ArgumentParser:
     sub.add_argument("--out", default="results")
     sub.add_argument("--dense-model")
     sub.add_argument("--data-dir")
+    sub.add_argument("--estimators", nargs="+", default=TRIED, metavar="NAME", help="see 'shiva train --estimator'")
     sub.set_defaults(run=_bench_trial)
 
     sub = bench.add_parser("pareto", help="every method at several strengths: quality against time, as a page")

@@ -315,7 +315,7 @@ def test_the_counterfactual_estimator_asks_for_the_update():
 
 
 def test_unknown_names_and_kappas_are_errors():
-    with pytest.raises(ValueError, match="wanted one of counterfactual, gumbel, neuralsort"):
+    with pytest.raises(ValueError, match="wanted one of counterfactual, counterfactual_top_k, gumbel"):
         get_estimator("sparsemax")
     with pytest.raises(ValueError, match="wanted 'auto' or a number"):
         get_estimator("counterfactual", kappa="automatic")
