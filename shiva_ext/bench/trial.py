@@ -104,7 +104,8 @@ def run(
         rows[name] = {"held_out_error": error, "fid": distance, "history": history}
         print(f"{name}: held-out error {error:.4f}, classifier-FID {distance:.3f}", flush=True)
     content = {
-        "command": f"shiva bench trial --steps {steps} --samples {samples} --seed {seed} --estimators {' '.join(estimators)}",
+        "command": f"shiva bench trial --steps {steps} --samples {samples} --seed {seed} "
+        f"--estimators {' '.join(estimators)}",
         "config": asdict(_config("counterfactual", steps, seed)),
         "rows": rows,
     }
