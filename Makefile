@@ -27,7 +27,8 @@ demo: build
 	@echo "== from captions, in colour =="
 	$(BIN)/shiva demo --prompts
 
-test: build simt
+test:
+	@$(MAKE) --no-print-directory -j2 build simt # one installs while the other compiles
 	@echo "== running the tests =="
 	$(TEST_ENVIRONMENT) $(BIN)/python -m pytest python_tests $(TEST_OPTIONS)
 
