@@ -35,10 +35,10 @@ SELECTIONS = {
     "race": ([MATRIX, SIZES, INPLACE], f"{SLOW} or (random and (contiguous or sliced) and not large)"),
 }
 # Of these, what is left to the nightly run and to the mutants: float16 does what bfloat16 does, float64 is the same
-# source as float32, and strides matter to the width of an access, not to who waits for whom.
+# source as float32 (but its rare sizes count), and strides matter to the width of an access, not to who waits for whom.
 NIGHTLY_ALONE = {
-    "asan": "torch.float16 or torch.float64",
-    "race": "torch.float16 or torch.float64 or (random and sliced)",
+    "asan": "torch.float16 or (torch.float64 and (random or nan) and not topk)",
+    "race": "torch.float16 or (random and (sliced or (torch.float64 and not topk)))",
 }
 
 
