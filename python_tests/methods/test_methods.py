@@ -6,13 +6,13 @@ from types import SimpleNamespace
 import pytest
 import torch
 from diffusers import DDIMScheduler, DPMSolverMultistepScheduler, FlowMatchHeunDiscreteScheduler
+from models import test_flux as flux
+from models import test_pixart as pixart
+from models.families import FAMILIES
+from models.tiny import LAYERS, WIDTH, N, make_inputs, make_model, make_pipeline
 from torch import nn
 
 import shiva_ext
-from python_tests.models import test_flux as flux
-from python_tests.models import test_pixart as pixart
-from python_tests.models.families import FAMILIES
-from python_tests.models.tiny import LAYERS, WIDTH, N, make_inputs, make_model, make_pipeline
 from shiva_ext.methods import IBTM, METHODS, SDTM, ToFu, ToMA, ToMeSD
 from shiva_ext.methods.memory import RunMemory
 from shiva_ext.methods.partition import best_destination, partition

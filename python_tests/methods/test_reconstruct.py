@@ -4,9 +4,9 @@ import math
 
 import pytest
 import torch
+from models.tiny import LAYERS, N, make_artifact, make_inputs, make_model
 
 import shiva_ext
-from python_tests.models.tiny import LAYERS, N, make_artifact, make_inputs, make_model
 from shiva_ext.methods.memory import RunMemory
 from shiva_ext.reconstruct import nearest_kept, reconstruct
 from shiva_ext.selection import LargestNormSelector, RandomSelector
