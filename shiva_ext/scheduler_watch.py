@@ -6,7 +6,7 @@ import warnings
 
 from torch import Tensor
 
-from .hooks import SelectionState
+from .selection_state import SelectionState
 
 
 def _version(t: Tensor) -> int | None:

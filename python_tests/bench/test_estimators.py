@@ -83,7 +83,7 @@ def test_the_scores_of_the_probe_are_those_of_its_choice(probed):
 def test_a_gradient_of_scores_is_that_of_the_inclusion_through_the_ranks(probed):
     """The probe's gradient of the inclusion, times the derivative of the inclusion by the scores."""
     model, inputs, result = probed
-    gradient = score_gradients(model, inputs, result["scores"], 0.6, get_estimator("residual"), noisy=False)
+    gradient = score_gradients(model, inputs, result["scores"], 0.6, get_estimator("residual", noise_fraction=0.0))
     layer = max(result["scores"])
     scores = result["scores"][layer].clone().requires_grad_()
     N = scores.shape[1]

@@ -12,7 +12,6 @@ from shiva_ext.bench import pareto
 from shiva_ext.bench.pareto_page import duels
 from shiva_ext.testbed.beds import Emoji, get_testbed
 from shiva_ext.testbed.emoji import TRANSFORMER_CONFIG, compose, load_pictures
-from shiva_ext.testbed.model import PromptTable, build_transformer, save_model
 from shiva_ext.testbed.report import Study
 from shiva_ext.testbed.rows import Row
 
@@ -25,14 +24,6 @@ ROWS = [
     Row("SDTM 0.3", "method", "sdtm", 1.0, STEPS, group="SDTM"),
     Row("last", "selector", "largest_norm", 0.6, STEPS, group="norm", options=(("reconstruct", "last"),)),
 ]
-
-
-@pytest.fixture(scope="module")
-def model_dir(tmp_path_factory):
-    torch.manual_seed(0)
-    folder = tmp_path_factory.mktemp("model")
-    save_model(folder, build_transformer(num_layers=2), PromptTable())
-    return folder
 
 
 @pytest.fixture(scope="module")

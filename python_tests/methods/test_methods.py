@@ -9,7 +9,7 @@ from diffusers import DDIMScheduler, DPMSolverMultistepScheduler, FlowMatchHeunD
 from models import test_flux as flux
 from models import test_pixart as pixart
 from models.families import FAMILIES
-from models.tiny import LAYERS, WIDTH, N, make_inputs, make_model, make_pipeline
+from models.tiny import LAYERS, N, make_inputs, make_model, make_pipeline
 from torch import nn
 
 import shiva_ext
@@ -20,6 +20,7 @@ from shiva_ext.methods.toma import facility_location, tiles_of_tokens
 from shiva_ext.selection import RandomSelector
 from shiva_ext.selection.baselines import hash_rows
 
+pytestmark = pytest.mark.usefixtures("one_thread")
 BOTH = ("attention", "mlp")
 EVERY = [
     ToMeSD(),
@@ -43,14 +44,6 @@ CALL = dict(
     guidance_scale=3.0,
     output_type="latent",
 )
-
-
-@pytest.fixture(autouse=True)
-def one_thread():
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
 
 
 @torch.no_grad()
@@ -120,26 +113,27 @@ def test_modules_run_on_as_many_tokens_as_said(sites, attention, mlp):
 
 def test_whole_blocks_add_what_they_add_to_merged_tokens():
     """x + unmerge(block(m) - m), by hand, on the only block that merges."""
-    model = make_model(num_layers=2)
+    model, method = make_model(num_layers=2), ToMA(0.5, scale=20.0)
+    first, second = model.transformer_blocks
     seen = {}
 
-    def look(module, args, kwargs, output):
-        seen["m"], seen["y"] = kwargs["hidden_states"], output[1]
-
-    with torch.no_grad(), shiva_ext.enable(model, ToMA(0.5, scale=20.0), batched_guidance=False) as handle:
-        handle.record()
-        block = model.transformer_blocks[1]
-        hook = model.transformer_blocks[0].register_forward_hook(
-            lambda m, a, k, out: seen.update(x=out[1]), with_kwargs=True
+    def look(name, module):
+        return module.register_forward_hook(
+            lambda m, args, kwargs, output: seen.update({name: (kwargs, output[1])}), with_kwargs=True
         )
-        inner = block.norm1.register_forward_pre_hook(lambda m, args: seen.update(m=args[0]))
-        last = model.norm_out.register_forward_pre_hook(lambda m, args: seen.update(out=args[0]))
+
+    with torch.no_grad(), shiva_ext.enable(model, method, batched_guidance=False):
+        handles = [look("first", first), look("second", second)]
         model(**make_inputs(2))
-        for each in (hook, inner, last):
-            each.remove()
-        merge = ToMA(0.5, scale=20.0).match(seen["x"], (4, 4))
-        torch.testing.assert_close(merge.merge(seen["x"]), seen["m"])
-    assert seen["out"].shape == seen["x"].shape and seen["m"].shape[1] == N // 2
+        for handle in handles:
+            handle.remove()
+    (_, x), (arguments, found) = seen["first"], seen["second"]
+    merge = method.match(x, (4, 4))
+    merged = merge.merge(x)
+    with torch.no_grad():
+        _, processed = second(**{**arguments, "hidden_states": merged})
+    torch.testing.assert_close(found, x + merge.unmerge(processed - merged))
+    assert merged.shape[1] == N // 2
 
 
 def test_guided_halves_share_their_destinations():
@@ -562,7 +556,3 @@ def test_summary_says_that_blocks_merge():
     with shiva_ext.enable(model, ToMA()):
         summary = shiva_ext.summary(model)
     assert set(summary.wrapped.values()) == {"ToMA merges its tokens"} and "0 pruned blocks run fused" in str(summary)
-
-
-def test_width_of_the_tiny_model_is_what_flops_are_counted_for():
-    assert ToMeSD(0.5).matching_flops(N, WIDTH) == 2 * N * (N // 4) * WIDTH

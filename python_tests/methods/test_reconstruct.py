@@ -4,7 +4,7 @@ import math
 
 import pytest
 import torch
-from models.tiny import LAYERS, N, make_artifact, make_inputs, make_model
+from models.tiny import LAYERS, make_artifact, make_inputs, make_model
 
 import shiva_ext
 from shiva_ext.methods.memory import RunMemory
@@ -69,4 +69,3 @@ def test_every_selector_takes_it(source, how):
     assert set(summary.wrapped.values()) == {f"reconstruct={how!r}"}
     again, _ = outputs(reconstruct=how)
     assert all(torch.equal(a, b) for a, b in zip(changed, again, strict=True))
-    assert N == 16

@@ -1,16 +1,11 @@
 import pytest
-import torch
 
 from .tiny import make_artifact, make_inputs, make_model, make_pipeline
 
 
 @pytest.fixture(autouse=True)
-def one_thread():
-    """The tensors here are tiny: a second thread would only be waited for."""
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
+def always_one_thread(one_thread):
+    pass
 
 
 @pytest.fixture

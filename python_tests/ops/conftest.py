@@ -1,16 +1,11 @@
 import pytest
-import torch
 
 from . import device, simulated  # the latter replaces the kernels if the environment says so
 
 
 @pytest.fixture(autouse=True)
-def one_thread():
-    """Most tensors here are tiny: a second thread would only be waited for. Tests of threading set their own number."""
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
+def always_one_thread(one_thread):
+    pass
 
 
 def pytest_terminal_summary(terminalreporter):

@@ -13,6 +13,7 @@ from shiva_ext import load  # noqa: E402
 from shiva_ext.cli import main  # noqa: E402
 from shiva_ext.selection import RandomSelector  # noqa: E402
 from shiva_ext.testbed import emoji, emoji_classifier, emoji_demo, emoji_selection  # noqa: E402
+from shiva_ext.testbed.figures import kept_share  # noqa: E402
 from shiva_ext.testbed.flow_training import DenseConfig  # noqa: E402
 from shiva_ext.testbed.model import ASSETS  # noqa: E402
 from shiva_ext.testbed.sampling import schedule  # noqa: E402
@@ -179,9 +180,11 @@ def test_a_missing_selection_says_how_to_make_one(tmp_path):
 
 def test_how_often_a_token_was_kept():
     first, second = torch.tensor([[0, 1], [5, 6]]), torch.tensor([[0, 1], [5, 7]])
-    share = emoji_demo.kept_share([{"kept": {1: first, 2: second}}], 1)  # one prompt and its empty one
+    share = kept_share([{1: first, 2: second}], 1, 1024)  # one prompt and its empty one
     assert share.shape == (1, 32, 32) and share.flatten()[5:8].tolist() == [1.0, 0.5, 0.5] and share.sum() == 2
-    assert not emoji_demo.kept_share([], 2).any()
+    assert not kept_share([], 2, 1024).any()
+    dense = kept_share([{1: first}, {}], 2, 1024, layers=(1,))  # without guidance; the second step was dense
+    assert dense[0].flatten()[:2].tolist() == [1, 1] and (dense[0].flatten()[2:] == 0.5).all()
 
 
 def test_a_missing_model_says_how_to_make_one(tmp_path):

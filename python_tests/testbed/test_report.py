@@ -14,7 +14,7 @@ from shiva_ext.evaluation.flops import sd3_forward_flops
 from shiva_ext.selection import RatioTable, RouterConfig, ShivaRouter
 from shiva_ext.testbed import report as report_module
 from shiva_ext.testbed.figures import print_table, to_sheet
-from shiva_ext.testbed.model import PROMPT_TOKENS, PromptTable, build_transformer, load_model, save_model
+from shiva_ext.testbed.model import PROMPT_TOKENS, load_model
 from shiva_ext.testbed.report import Study, fingerprint, report, sweep_guidance
 from shiva_ext.testbed.rows import METHODS, ROWS, Row
 
@@ -47,14 +47,6 @@ class FirstTokens:
 
     def disable(self):
         self.hook.remove()
-
-
-@pytest.fixture(scope="module")
-def model_dir(tmp_path_factory):
-    torch.manual_seed(0)
-    folder = tmp_path_factory.mktemp("model")
-    save_model(folder, build_transformer(num_layers=2), PromptTable())
-    return folder
 
 
 @pytest.fixture

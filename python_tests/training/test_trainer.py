@@ -8,10 +8,12 @@ import torch
 from diffusers import SD3Transformer2DModel
 
 import shiva_ext
-from shiva_ext.selection import get_estimator
+from shiva_ext.selection import ESTIMATORS, get_estimator
 from shiva_ext.training.config import TrainConfig
 from shiva_ext.training.stages import run_student, run_teacher
 from shiva_ext.training.trainer import Batch, ShivaTrainer
+
+from .runs import everything, make_trainer
 
 CONFIG = TrainConfig(
     router_steps=2,
@@ -238,3 +240,14 @@ def test_an_artefact_trained_to_share_its_selection_says_so_and_keeps_equal_coun
     trainer.close()
     assert artifact.share_selection and shiva_ext.load(tmp_path).share_selection
     assert all(len(set(row[1:])) == 1 for row in map(artifact.ratios, artifact.table.sigmas))
+
+
+@pytest.mark.parametrize("name", ESTIMATORS)
+def test_every_estimator_trains_through_all_stages(name):
+    trainer = make_trainer(estimator=name, router_steps=1, policy_steps=1, joint_steps=1)
+    before = everything(trainer)
+    trainer.run()
+    after = everything(trainer)
+    assert all(torch.isfinite(value).all() for value in after.values()) and trainer.bad_steps == 0
+    for part in ("router.", "policy."):
+        assert any(not torch.equal(before[key], after[key]) for key in before if key.startswith(part))

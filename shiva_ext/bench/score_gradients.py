@@ -8,8 +8,8 @@ from torch import Tensor, nn
 
 from shiva_ext import hooks
 from shiva_ext.models import adapter_for
-from shiva_ext.selection import ESTIMATORS, Estimator, RandomSelector, get_estimator
-from shiva_ext.training.stages import run_teacher
+from shiva_ext.selection import ESTIMATORS, Estimator, get_estimator
+from shiva_ext.training.stages import run_student, run_teacher
 
 PROGRESS = (0.0, 0.5, 1.0)
 DRAWS = 8
@@ -17,53 +17,41 @@ LENGTHS = (256, 1024, 4096)
 _SLOW = {"subset": 1024, "neuralsort": 4096}  # longest that is timed
 
 
-class _Scored:
-    """Runs every pruned block through an estimator on given scores, whose gradients it keeps."""
+class _Given:
+    """A selector whose scores [B,N] are given, by layer."""
 
-    def __init__(
-        self, state: hooks.SelectionState, estimator: Estimator, scores: dict[int, Tensor], ratio, teacher, noisy
-    ):
-        self.state, self.estimator, self.ratio, self.teacher, self.noisy = state, estimator, ratio, teacher, noisy
-        self.scores = {layer: s.clone().requires_grad_() for layer, s in scores.items()}
+    first_layer = 1
 
-    def run_block(self, layer: int, x: Tensor, run):
-        adapter, output, N = self.state.adapter, None, x.shape[1]
+    def __init__(self, scores: dict[int, Tensor]):
+        self.given = {layer: s.clone().requires_grad_() for layer, s in scores.items()}
 
-        def block(tokens: Tensor, kept: Tensor) -> Tensor:
-            nonlocal output
-            output = run(tokens, kept)
-            return adapter.image_tokens(output)
-
-        update = self.teacher.update(layer) if self.estimator.needs_update else None
-        y, _ = self.estimator.apply(
-            block, x, self.scores[layer], N * self.ratio, int(N * self.ratio), update, with_index=True, noisy=self.noisy
-        )
-        return adapter.with_image_tokens(output, y)
+    def scores(self, layer: int, x: Tensor, sigma: float, conditioning) -> Tensor:
+        return self.given[layer]
 
 
 def score_gradients(
-    transformer: nn.Module, inputs: dict, scores: dict[int, Tensor], ratio: float, estimator: Estimator, noisy: bool
+    transformer: nn.Module, inputs: dict, scores: dict[int, Tensor], ratio: float, estimator: Estimator
 ) -> dict[int, Tensor]:
     """dL/ds of every pruned layer, [B,N]: L is the squared distance of the output to the dense model's.
 
     Args:
         transformer: a dense model, float32, in eval mode.
         inputs: its forward's arguments for B samples.
-        scores: by layer [B,N].
+        scores: by layer float32 [B,N].
         ratio: share of tokens kept.
         estimator: sends the gradient.
-        noisy: whether it perturbs the scores.
     """
-    state = hooks.SelectionState(RandomSelector(ratio), adapter_for(transformer))
+    selector = _Given(scores)
+    state = hooks.SelectionState(selector, adapter_for(transformer))
+    ratios = torch.tensor([1.0] + [ratio] * len(scores))
     hooks.attach(transformer, state)
     try:
         teacher = run_teacher(transformer, state, **inputs)
-        state.trainer = taken = _Scored(state, estimator, scores, ratio, teacher, noisy)
-        output = transformer(**inputs, return_dict=False)[0]
+        output, _ = run_student(transformer, state, estimator, ratios, teacher, **inputs)
         (output - teacher.output).square().flatten(1).mean(1).sum().backward()
     finally:
         hooks.detach(transformer)
-    return {layer: s.grad for layer, s in taken.scores.items()}
+    return {layer: s.grad for layer, s in selector.given.items()}
 
 
 def _correlations(gradient: dict[int, Tensor], truth: dict[int, Tensor]) -> tuple[float, float]:
@@ -104,16 +92,16 @@ def agreement(transformer: nn.Module, inputs: dict, result: dict, ratio: float, 
     for name in names:
         found = []
         for progress in PROGRESS:
-            estimator = get_estimator(name, generator=torch.Generator().manual_seed(0))
+            estimator = get_estimator(name, noise_fraction=0.0, generator=torch.Generator().manual_seed(0))
             estimator.progress = progress
-            gradient = score_gradients(transformer, inputs, result["scores"], ratio, estimator, noisy=False)
+            gradient = score_gradients(transformer, inputs, result["scores"], ratio, estimator)
             found.append((*_correlations(gradient, result["truth"]), progress))
         pearson, spearman, progress = max(found)
         draws = []
         for seed in range(DRAWS):
             estimator = get_estimator(name, generator=torch.Generator().manual_seed(seed))
             estimator.progress = progress
-            draws.append(score_gradients(transformer, inputs, result["scores"], ratio, estimator, noisy=True))
+            draws.append(score_gradients(transformer, inputs, result["scores"], ratio, estimator))
         table[name] = dict(pearson=pearson, spearman=spearman, progress=progress, variance=_spread(draws))
     return table
 

@@ -5,7 +5,13 @@ from .budget import default_tile, solve_budget
 from .estimator import CounterfactualEstimator, Estimator, ResidualEstimator, anneal, inclusion, perturb
 from .policy import BudgetLoss, PolicyConfig, RatioPolicy
 from .registry import ESTIMATORS, get_estimator
-from .relaxed import NoiseEstimator, RelaxedEstimator, SoftSortEstimator, StraightThroughEstimator
+from .relaxed import (
+    CounterfactualTopKEstimator,
+    NoiseEstimator,
+    RelaxedEstimator,
+    SoftSortEstimator,
+    StraightThroughEstimator,
+)
 from .router import RouterConfig, ShivaRouter
 from .table import RatioTable
 
@@ -13,6 +19,7 @@ __all__ = [
     "ESTIMATORS",
     "BudgetLoss",
     "CounterfactualEstimator",
+    "CounterfactualTopKEstimator",
     "Estimator",
     "LargestNormSelector",
     "NoiseEstimator",

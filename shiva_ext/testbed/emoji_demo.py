@@ -4,7 +4,6 @@ import os
 from collections.abc import Sequence
 from pathlib import Path
 
-import torch
 from matplotlib.figure import Figure
 from torch import Tensor
 
@@ -12,26 +11,11 @@ from .demo import compare, generate
 from .emoji import PATCH, PROMPT_TOKENS, SIDE, TextEncoder
 from .emoji_classifier import load_emoji_classifier
 from .emoji_selection import ARTEFACT, DENSE, load_dense
+from .figures import kept_share
 
 # The last is no picture of the training set: words of several in a new order.
 PROMPTS = ("red apple", "cat face", "octopus", "tulip", "panda", "sleeping cat face")
 GUIDANCE = 2.5
-
-
-def kept_share(records: list[dict], count: int) -> Tensor:
-    """How often each token was kept, over all pruned layers and steps: [count, side, side] in [0, 1].
-
-    Args:
-        records: of a handle, with batched guidance: the second half of each batch has the prompts.
-        count: of prompts.
-    """
-    side = SIDE // PATCH
-    share, cells = torch.zeros(count, side * side), 0
-    for record in records:
-        for kept in record["kept"].values():
-            share.scatter_add_(1, kept[-count:], torch.ones(kept[-count:].shape))
-            cells += 1
-    return (share / max(cells, 1)).view(count, side, side)
 
 
 def draw(prompts: Sequence[str], images: dict[str, Tensor], share: Tensor, path: Path) -> None:
@@ -82,9 +66,14 @@ def run(
         lambda pipe: generate(pipe, prompted, unprompted, SIDE, steps, GUIDANCE),
         PROMPT_TOKENS,
         f"{len(prompts)} prompts, {steps} steps, guidance {GUIDANCE:g}",
-        repeats=1,
+        repeats=3,
     )
-    draw(prompts, images, kept_share(records, len(prompts)), out / "emoji.png")
+    draw(
+        prompts,
+        images,
+        kept_share([record["kept"] for record in records], len(prompts), (SIDE // PATCH) ** 2),
+        out / "emoji.png",
+    )
     classifier = load_emoji_classifier()
     known = [i for i, prompt in enumerate(prompts) if prompt in classifier.captions]
     for name, batch in images.items():

@@ -1,6 +1,8 @@
 """The report's pictures and printed table."""
 
+import math
 import os
+from collections.abc import Iterable
 
 import numpy as np
 import torch
@@ -24,6 +26,24 @@ def to_sheet(images: torch.Tensor, columns: int = 10) -> np.ndarray:
     sheet = cells.view(rows, columns, C, H, W).permute(0, 3, 1, 4, 2).reshape(rows * H, columns * W, C)
     sheet = sheet[..., 0] if C == 1 else sheet
     return ((sheet + 1) * 127.5).round().to(torch.uint8).numpy()
+
+
+def kept_share(steps: list[dict[int, torch.Tensor]], B: int, tokens: int, layers: Iterable[int] = ()) -> torch.Tensor:
+    """How often each token was kept, over steps and layers: float [B, side, side] in [0, 1].
+
+    Args:
+        steps: one dict a call from layer to kept indices int64, [B,k], or [2B,k] of both halves of guidance, of which
+            the second (prompted) counts.
+        B, tokens: images and their tokens.
+        layers: that kept all tokens in the steps that do not name them; by default such do not count.
+    """
+    share, cells, side = torch.zeros(B, tokens), 0, math.isqrt(tokens)
+    for kept in steps:
+        for index in kept.values():
+            share.scatter_add_(1, index[-B:].long(), torch.ones(index[-B:].shape))
+        dense = len(set(layers) - set(kept))
+        share, cells = share + dense, cells + len(kept) + dense
+    return (share / max(cells, 1)).view(B, side, side)
 
 
 def draw_grid(images: torch.Tensor, file: str | os.PathLike, count: int = 40) -> None:

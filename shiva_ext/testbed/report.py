@@ -2,7 +2,6 @@
 
 import hashlib
 import json
-import math
 import os
 import platform
 import statistics
@@ -19,7 +18,7 @@ from tqdm import tqdm
 from ..evaluation.flops import sd3_forward_flops
 from ..evaluation.metrics import ForegroundRecall, class_accuracy, frechet_distance, gaussian, precision_recall, psnr
 from .beds import get_testbed
-from .figures import draw_grid, draw_report, print_table
+from .figures import draw_grid, draw_report, kept_share, print_table
 from .rows import METHODS, ROWS, Row, artefact_folder
 from .sampling import STEPS, generate
 
@@ -41,26 +40,6 @@ def _write(file: Path, text: str) -> None:
     temporary = file.with_suffix(".tmp")
     temporary.write_text(text)
     os.replace(temporary, file)
-
-
-def kept_share(steps: list[dict[int, torch.Tensor]], layers: range, B: int, tokens: int) -> torch.Tensor:
-    """How often each token was kept, over steps and layers: float [B, 1, side, side] in [0, 1].
-
-    Args:
-        steps: one dict a call from layer to kept indices, of B images or of both halves of B guided ones.
-        layers: that count; those that a step does not name kept all tokens.
-        B, tokens: images and their tokens.
-    """
-    share = torch.zeros(B, tokens)
-    for kept in steps:
-        for layer in layers:
-            if layer in kept:
-                index = kept[layer][-B:]  # the prompted half
-                share.scatter_add_(1, index.long(), torch.ones(index.shape))
-            else:
-                share += 1
-    side = math.isqrt(tokens)
-    return (share / (len(steps) * len(layers))).view(B, 1, side, side)
 
 
 def _mean(tokens: int | tuple[int, int]) -> float:
@@ -167,8 +146,8 @@ class Study:
                 if self.bed.foreground:
                     recall.add(some, kept, dense_layers=range(1, layers))
                 if not images:
-                    share = kept_share(kept, range(1, layers), len(some_labels), tokens)[:SHOWN]
-                    draw_grid(2 * share - 1, file.with_suffix(".kept.png"), SHOWN)
+                    share = kept_share(kept, len(some_labels), tokens, range(1, layers))[:SHOWN]
+                    draw_grid(2 * share[:, None] - 1, file.with_suffix(".kept.png"), SHOWN)
             images.append(some)
         method.disable()
         images = torch.cat(images).half()

@@ -7,8 +7,8 @@ import torch
 from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import Tensor, nn
 
-from shiva_ext.hooks import SelectionState
 from shiva_ext.selection import Estimator
+from shiva_ext.selection_state import SelectionState
 
 
 @dataclass
