@@ -10,6 +10,7 @@ if TYPE_CHECKING:
     from ._summary import summary
     from .api import Handle, disable, enable, get_handle
     from .artifact import ShivaArtifact, load, save
+    from .method_artifact import MethodArtifact
 
 # The ops alone need only torch; what needs diffusers is imported when it is first used.
 _LAZY = {
@@ -17,6 +18,7 @@ _LAZY = {
     "disable": "api",
     "enable": "api",
     "get_handle": "api",
+    "MethodArtifact": "method_artifact",
     "ShivaArtifact": "artifact",
     "load": "artifact",
     "save": "artifact",
@@ -26,6 +28,7 @@ _SUBMODULES = ("bench", "evaluation", "methods", "models", "selection", "testbed
 
 __all__ = [
     "Handle",
+    "MethodArtifact",
     "ShivaArtifact",
     "__version__",
     "build_info",

@@ -6,6 +6,7 @@ from dataclasses import dataclass, field
 from . import hooks
 from .api import get_handle
 from .evaluation.overhead import share_of_ops
+from .methods.trained import TrainedMethod
 
 
 @dataclass(frozen=True)
@@ -76,7 +77,10 @@ def _tokens(state: hooks.SelectionState, layer: int, N: int, step: int, steps: i
     """Tokens that a layer processes; of a method that merges, those of its attention and of its MLP."""
     if state.method is None:
         return state.tokens(layer, N)
-    found = state.method.tokens(layer, N, step, steps)
+    if isinstance(state.method, TrainedMethod):
+        found = state.method.processed(state.selector.weights, layer, N, state.sigma, step / steps)
+    else:
+        found = state.method.tokens(layer, N, step, steps)
     return N if found == (N, N) else found
 
 

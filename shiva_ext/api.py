@@ -12,8 +12,9 @@ from torch import Tensor, nn
 
 from . import hooks
 from .adapter_weights import MergedAdapter
-from .artifact import BaselineSource, MethodSource, ShivaArtifact
-from .methods import Method
+from .artifact import BaselineSource, MethodSource, ShivaArtifact, load
+from .method_artifact import MethodArtifact
+from .methods import Method, TrainedMethod
 from .models import adapter_for
 from .reconstruct import CHOICES, IDENTITY
 from .scheduler_watch import SchedulerWatch
@@ -125,10 +126,11 @@ def _selector(
         if value is not None and not 0 < value <= 1:
             raise ValueError(f"shiva_ext: {name} is {value}, wanted a share of the tokens above 0 and at most 1")
     if isinstance(source, (str, os.PathLike)):
-        source = ShivaArtifact.load(source)
+        source = load(source)
     if not isinstance(source, ShivaArtifact):
-        baseline, method = hasattr(source, "ratio"), isinstance(source, Method)
-        if not method and not hasattr(source, "scores") or not (baseline or hasattr(source, "ratios")):
+        baseline, method = hasattr(source, "ratio"), isinstance(source, (Method, MethodArtifact))
+        selector = hasattr(source, "scores") and (baseline or hasattr(source, "ratios"))
+        if not method and not selector:
             raise TypeError(
                 f"shiva_ext: source is a {type(source).__name__}, wanted an artefact's folder or hub id, a "
                 "ShivaArtifact, a method of shiva_ext.methods, or a selector with ratios() and scores()"
@@ -137,8 +139,15 @@ def _selector(
         if any(each is not None for each in refused):
             raise ValueError(
                 "shiva_ext: ratio, budget, sigmas, max_distinct_k, share_selection (and tile, with a method) are for "
-                "artefacts; "
+                "Shiva's artefacts; "
                 f"{type(source).__name__} has its own ratios, give it others"
+            )
+        if isinstance(source, MethodArtifact):
+            return source.source(transformer)
+        if isinstance(source, TrainedMethod):
+            raise TypeError(
+                f"shiva_ext: {type(source).__name__} has weights of its own, got its settings alone; train it (shiva "
+                f"train --method {type(source).__name__.lower()}) and enable the folder that is written"
             )
         if method:
             return MethodSource(source, dims["num_layers"])

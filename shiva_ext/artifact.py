@@ -6,15 +6,19 @@ import shutil
 import warnings
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import torch
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
-from torch import Tensor
+from torch import Tensor, nn
 
 from ._library import __version__
 from .models import Conditioning
 from .selection import PolicyConfig, RatioPolicy, RatioTable, RouterConfig, ShivaRouter
+
+if TYPE_CHECKING:
+    from .method_artifact import MethodArtifact
 
 CONFIG_NAME, WEIGHTS_NAME, ADAPTER_NAME = "config.json", "shiva.safetensors", "adapter"
 
@@ -62,10 +66,6 @@ class ShivaArtifact:
 
     def save(self, folder: str | os.PathLike) -> Path:
         """Write the artefact with its adapter folder; config and weights appear whole or not at all."""
-        folder = Path(folder)
-        folder.mkdir(parents=True, exist_ok=True)
-        if self.adapter is not None and Path(self.adapter).resolve() != (folder / ADAPTER_NAME).resolve():
-            shutil.copytree(self.adapter, folder / ADAPTER_NAME, dirs_exist_ok=True)
         tensors = {f"router.{k}": v for k, v in self.router.state_dict().items()}
         tensors |= {f"table.{k}": v for k, v in self.table.to_tensors().items()}
         if self.policy is not None:
@@ -80,11 +80,7 @@ class ShivaArtifact:
             share_selection=self.share_selection,
             metadata=self.metadata,
         )
-        save_file({k: v.detach().cpu().contiguous() for k, v in tensors.items()}, folder / (WEIGHTS_NAME + ".tmp"))
-        (folder / (CONFIG_NAME + ".tmp")).write_text(json.dumps(config, indent=1))
-        for name in (WEIGHTS_NAME, CONFIG_NAME):
-            os.replace(folder / (name + ".tmp"), folder / name)
-        return folder
+        return write_folder(folder, config, tensors, self.adapter)
 
     @classmethod
     def load(cls, source: str | os.PathLike) -> "ShivaArtifact":
@@ -96,27 +92,15 @@ class ShivaArtifact:
 
         Raises:
             FileNotFoundError: neither exists, or the folder is not an artefact.
-            ValueError: the artefact is damaged or of a later format.
+            ValueError: the artefact is damaged, of a later format, or of another method.
         """
-        folder = Path(source)
-        if not folder.exists():
-            folder = _download(str(source))
-        if not (folder / CONFIG_NAME).is_file() or not (folder / WEIGHTS_NAME).is_file():
-            raise FileNotFoundError(
-                f"shiva_ext: {folder} is not a Shiva artefact: it lacks {CONFIG_NAME} or {WEIGHTS_NAME}"
-            )
-        try:
-            config = json.loads((folder / CONFIG_NAME).read_text())
-            tensors = load_file(folder / WEIGHTS_NAME)
-            number = config["format"]
-            if number == 1:
-                return cls._read(config, tensors, folder)
-        except (ValueError, LookupError, TypeError, AttributeError, RuntimeError, SafetensorError) as error:
+        artifact = load(source)
+        if not isinstance(artifact, cls):
             raise ValueError(
-                f"shiva_ext: the artefact in {folder} is damaged ({type(error).__name__}: {error}); download or train "
-                "it again"
-            ) from error
-        raise ValueError(f"shiva_ext: {folder} has artefact format {number!r}, this version reads 1; update shiva_ext")
+                f"shiva_ext: {source} holds {type(artifact.method).__name__}, wanted Shiva's router; load it with "
+                "shiva_ext.load"
+            )
+        return artifact
 
     @classmethod
     def _read(cls, config: dict, tensors: dict[str, Tensor], folder: Path) -> "ShivaArtifact":
@@ -166,10 +150,18 @@ def _download(repo_id: str) -> Path:
 
 
 class MethodSource:
-    """Makes a :class:`~shiva_ext.methods.Method` usable as a source: it runs the blocks, and no token is left out."""
+    """Makes a :class:`~shiva_ext.methods.Method` usable as a source: it runs the blocks, and no token is left out.
 
-    def __init__(self, method, num_layers: int):
+    Args:
+        method: its settings.
+        num_layers: of the model.
+        weights: of a method that is trained.
+        adapter: PEFT folder of the weights that were tuned with it.
+    """
+
+    def __init__(self, method, num_layers: int, weights: nn.Module | None = None, adapter: Path | None = None):
         self.method, self.first_layer = method, method.first_layer
+        self.weights, self.adapter = weights, adapter
         self._ratios = (1.0,) * num_layers
 
     def ratios(self, sigma: float) -> tuple[float, ...]:
@@ -196,11 +188,49 @@ class BaselineSource:
             return self.selector.scores(layer, x, sigma)
 
 
-def load(source: str | os.PathLike) -> ShivaArtifact:
-    """Read an artefact from a folder or the hub; see :meth:`ShivaArtifact.load`."""
-    return ShivaArtifact.load(source)
+def write_folder(folder: str | os.PathLike, config: dict, tensors: dict[str, Tensor], adapter: Path | None) -> Path:
+    """Write an artefact's files; config and weights appear whole or not at all."""
+    folder = Path(folder)
+    folder.mkdir(parents=True, exist_ok=True)
+    if adapter is not None and Path(adapter).resolve() != (folder / ADAPTER_NAME).resolve():
+        shutil.copytree(adapter, folder / ADAPTER_NAME, dirs_exist_ok=True)
+    save_file({k: v.detach().cpu().contiguous() for k, v in tensors.items()}, folder / (WEIGHTS_NAME + ".tmp"))
+    (folder / (CONFIG_NAME + ".tmp")).write_text(json.dumps(config, indent=1))
+    for name in (WEIGHTS_NAME, CONFIG_NAME):
+        os.replace(folder / (name + ".tmp"), folder / name)
+    return folder
 
 
-def save(artifact: ShivaArtifact, folder: str | os.PathLike) -> Path:
+def load(source: str | os.PathLike) -> "ShivaArtifact | MethodArtifact":
+    """Read an artefact from a folder or the hub; see :meth:`ShivaArtifact.load`.
+
+    Returns:
+        a :class:`ShivaArtifact`, or the :class:`~shiva_ext.method_artifact.MethodArtifact` of another trained method.
+    """
+    from .method_artifact import MethodArtifact
+
+    folder = Path(source)
+    if not folder.exists():
+        folder = _download(str(source))
+    if not (folder / CONFIG_NAME).is_file() or not (folder / WEIGHTS_NAME).is_file():
+        raise FileNotFoundError(
+            f"shiva_ext: {folder} is not a Shiva artefact: it lacks {CONFIG_NAME} or {WEIGHTS_NAME}"
+        )
+    try:
+        config = json.loads((folder / CONFIG_NAME).read_text())
+        tensors = load_file(folder / WEIGHTS_NAME)
+        number = config["format"]
+        if number == 1:
+            kind = MethodArtifact if "method" in config else ShivaArtifact
+            return kind._read(config, tensors, folder)
+    except (ValueError, LookupError, TypeError, AttributeError, RuntimeError, SafetensorError) as error:
+        raise ValueError(
+            f"shiva_ext: the artefact in {folder} is damaged ({type(error).__name__}: {error}); download or train "
+            "it again"
+        ) from error
+    raise ValueError(f"shiva_ext: {folder} has artefact format {number!r}, this version reads 1; update shiva_ext")
+
+
+def save(artifact: "ShivaArtifact | MethodArtifact", folder: str | os.PathLike) -> Path:
     """Write an artefact as a folder; see :meth:`ShivaArtifact.save`."""
     return artifact.save(folder)

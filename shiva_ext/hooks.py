@@ -1,5 +1,6 @@
 """Token selection around a model's own blocks, through diffusers' hook registry. No forward is rewritten."""
 
+from collections.abc import Callable
 from dataclasses import fields
 
 import torch
@@ -9,7 +10,7 @@ from diffusers.hooks.group_offloading import GroupOffloadingHook
 from torch import Tensor, nn
 
 from . import ops
-from .methods.base import BLOCK, BlockCall
+from .methods.base import ATTENTION, BLOCK, BlockCall
 from .models.fused import find_form, why_not
 from .reconstruct import IDENTITY, LAST, reconstruct
 from .selection_state import SelectionState, odd_batch
@@ -27,7 +28,8 @@ class TransformerHook(ModelHook):
     def new_forward(self, module: nn.Module, *args, **kwargs):
         state, forward = self.state, self.fn_ref.original_forward
         if not state.active:
-            return forward(*args, **kwargs)
+            with state.kept_for_checkpoints(module):
+                return forward(*args, **kwargs)
         compiling = torch.compiler.is_compiling()
         if state.watch is not None and not compiling:
             state.watch.refresh()
@@ -36,7 +38,7 @@ class TransformerHook(ModelHook):
         arguments = state.adapter.bind(forward, args, kwargs)
         state.conditioning = state.adapter.conditioning(module, arguments)
         state.guided = state.adapter.batched_guidance(arguments, state.batched_guidance)
-        state.chosen = {}
+        state.chosen, state.scratch = {}, {}
         state.grid = state.adapter.grid(module, arguments) if state.wants_grid else None
         try:
             if not compiling:
@@ -142,7 +144,7 @@ class BlockHook(ModelHook):
         if state.trainer is not None:
             return state.trainer.run_block(self.layer, x, run)
         if state.method is not None:
-            return state.method.run_block(self._call(type(module).__name__, x, run))
+            return state.method.run_block(block_call(state, self.layer, type(module).__name__, x, run))
         N = x.shape[1]
         k = state.tokens(self.layer, N)
         if k == N:
@@ -162,33 +164,40 @@ class BlockHook(ModelHook):
             tokens = ops.token_scatter(x, kept, processed)
         return state.adapter.with_image_tokens(output, tokens)
 
-    def _call(self, kind: str, x: Tensor, run) -> BlockCall:
-        state = self.state
 
-        def record(leaders: Tensor, sites: tuple[str, ...]) -> None:
-            if state.entry is not None:
-                state.entry["kept"][self.layer] = leaders.detach().cpu()
-                state.entry["sites"][self.layer] = sites
+def block_call(
+    state: SelectionState, layer: int, kind: str, x: Tensor, run: Callable, training: bool = False
+) -> BlockCall:
+    """What a method gets to know of a call of a block, see :class:`~shiva_ext.methods.base.BlockCall`."""
 
-        return BlockCall(
-            layer=self.layer,
-            kind=kind,
-            x=x,
-            sigma=state.sigma,
-            progress=state.progress,
-            grid=state.grid,
-            guided=state.guided,
-            memory=state.memory,
-            run=run,
-            plan=state.plan,
-            tokens_of=state.adapter.image_tokens,
-            replaced=state.adapter.with_image_tokens,
-            record=record,
-        )
+    def record(leaders: Tensor, sites: tuple[str, ...]) -> None:
+        if state.entry is not None:
+            state.entry["kept"][layer] = leaders.detach().cpu()
+            state.entry["sites"][layer] = sites
+
+    return BlockCall(
+        layer=layer,
+        kind=kind,
+        x=x,
+        sigma=state.sigma,
+        progress=state.progress,
+        grid=state.grid,
+        guided=state.guided,
+        memory=state.memory,
+        run=run,
+        plan=state.plan,
+        tokens_of=state.adapter.image_tokens,
+        replaced=state.adapter.with_image_tokens,
+        record=record,
+        conditioning=state.conditioning,
+        weights=getattr(state.selector, "weights", None),
+        scratch=state.scratch,
+        training=training,
+    )
 
 
 class SiteHook(ModelHook):
-    """On an attention or MLP inside a block: runs it on merged tokens where the block's method planned so."""
+    """On a module inside a block: runs it as the block's method planned, on merged tokens or in another way."""
 
     def __init__(self, state: SelectionState, site: str, index: int):
         super().__init__()
@@ -198,6 +207,8 @@ class SiteHook(ModelHook):
         forward, merge = self.fn_ref.original_forward, self.state.plan.get(self.site)
         if merge is None:
             return forward(*args, **kwargs)
+        if callable(merge):
+            return self._replaced(merge, module, forward, *args, **kwargs)
         merge = merge.of_module(self.index) if hasattr(merge, "of_module") else merge
         x = kwargs["hidden_states"] if "hidden_states" in kwargs else args[0]
         if x.shape[1] != self.state.grid[0] * self.state.grid[1]:
@@ -212,6 +223,19 @@ class SiteHook(ModelHook):
         if isinstance(output, tuple):
             return merge.unmerge(output[0]), *output[1:]
         return merge.unmerge(output)
+
+    def _replaced(self, replacement: Callable, module: nn.Module, forward: Callable, *args, **kwargs):
+        if self.site != ATTENTION:
+            return replacement(module, forward, *args, **kwargs)
+        x, text = kwargs.pop("hidden_states", None), kwargs.pop("encoder_hidden_states", None)
+        x = args[0] if x is None else x
+        unknown = [name for name, value in kwargs.items() if value is not None]
+        if unknown:
+            raise TypeError(
+                f"shiva_ext: {type(self.state.method).__name__} runs attention itself and knows no {unknown[0]!r}; "
+                "call the model without it"
+            )
+        return replacement(module, forward, x, text)
 
 
 def _install(module: nn.Module, hook: ModelHook) -> None:

@@ -46,7 +46,8 @@ class SelectionState:
         method: does more than choose tokens, see :class:`~shiva_ext.methods.Method`; None for a selector.
         memory: what is carried from step to step of a run, for the few methods and options that do.
         grid: height and width of this call's image in tokens, where a method wants them.
-        plan: what a block's modules merge while it runs, by site.
+        plan: what a block's modules merge or run instead while it runs, by site.
+        scratch: what a method's blocks leave for each other in one call.
         reconstruct: what rejected tokens get, see :mod:`shiva_ext.reconstruct`.
         chosen: for groups of layers that select together, the first of them and its indices [B,k].
         records: per call while recording, ``{"timestep", "kept": {layer: [B,k]}, "sites": {layer: names}}``; a method
@@ -65,7 +66,7 @@ class SelectionState:
         self.selector, self.adapter, self.fused = selector, adapter, fused
         self.reconstruct = reconstruct
         self.method: Method | None = getattr(selector, "method", None)
-        self.memory, self.plan = RunMemory(), {}
+        self.memory, self.plan, self.scratch = RunMemory(), {}, {}
         self.grid: tuple[int, int] | None = None
         self.wrapped: dict[int, str] = {}
         self.tile, self.batched_guidance = tile, batched_guidance
@@ -194,7 +195,7 @@ class SelectionState:
         if checkpoint is None or not torch.is_grad_enabled():
             yield
             return
-        names = ("sigma", "quota", "conditioning", "guided", "chosen", "trainer", "entry")
+        names = ("active", "sigma", "quota", "conditioning", "guided", "chosen", "trainer", "entry", "scratch")
         call = {name: getattr(self, name) for name in names}
         module._gradient_checkpointing_func = lambda block, *args: checkpoint(partial(self.resume, call, block), *args)
         try:

@@ -9,10 +9,14 @@ import torch
 from PIL import Image
 from rich.console import Console
 
+import shiva_ext
 from shiva_ext import ShivaArtifact
 from shiva_ext.evaluation.flops import sd3_forward_flops
+from shiva_ext.methods import DiffCR, DyDiT
+from shiva_ext.models import adapter_for
 from shiva_ext.selection import RatioTable, RouterConfig, ShivaRouter
 from shiva_ext.testbed import report as report_module
+from shiva_ext.testbed import rows
 from shiva_ext.testbed.figures import print_table, to_sheet
 from shiva_ext.testbed.model import PROMPT_TOKENS, load_model
 from shiva_ext.testbed.report import Study, fingerprint, report, sweep_guidance
@@ -24,7 +28,7 @@ SAMPLES, STEPS, KEPT = 10, 2, 128
 class FirstTokens:
     """Stands in for a method: the last block updates the first half of the tokens only."""
 
-    router_width = 8
+    router_width, measured = 8, False
 
     def __init__(self, transformer, row, guided):
         self.transformer, self.recording, self.calls = transformer, False, []
@@ -92,6 +96,37 @@ def test_operations_are_those_of_the_kept_tokens_both_passes_and_all_steps(run, 
     assert dense["gflops"] == pytest.approx(2 * STEPS * expected / 1e9)
     expected = sd3_forward_flops(transformer, PROMPT_TOKENS, 256, kept={1: KEPT}, router_width=8)
     assert pruned["gflops"] == pytest.approx(2 * STEPS * expected / 1e9)
+
+
+@pytest.mark.parametrize(
+    ("settings", "weights", "share"),
+    [
+        (DiffCR(), dict(keep=0.5, bias=100.0), 0.5),  # half of the tokens at every level
+        (DyDiT(groups=8), dict(heads__bias=-50.0, channels__bias=-50.0, up__bias=-50.0), None),
+    ],
+)
+def test_operations_of_a_trained_method_are_counted_as_it_runs(
+    run, model_dir, tmp_path, monkeypatch, settings, weights, share
+):
+    transformer, _ = load_model(model_dir)
+    tensors = settings.build(adapter_for(transformer), transformer).state_dict()
+    for end, value in weights.items():
+        for name in [name for name in tensors if name.endswith(end.replace("__", "."))]:
+            tensors[name] = torch.full_like(tensors[name], value)
+    monkeypatch.setattr(rows, "ASSETS", tmp_path)
+    shiva_ext.MethodArtifact("SD3Transformer2DModel", settings, tensors).save(tmp_path / "trained")
+    dense, line = run([DENSE, Row("trained", "artefact of a method", "trained", steps=STEPS)])["rows"]
+    N, D = 256, transformer.inner_dim
+    if share is None:  # a head and no MLP of the image's tokens: its own count, and what only the text does
+        assert line["kept_share"] is None and line["foreground_recall"] is None
+        saved = transformer.config.num_layers * 16 * N * D * D  # the MLPs, and a little of the attention
+        assert saved * STEPS * 2 < (dense["gflops"] - line["gflops"]) * 1e9
+    else:
+        config = dict.fromkeys(range(transformer.config.num_layers), 128)
+        routers = transformer.config.num_layers * 2 * N * D
+        expected = sd3_forward_flops(transformer, PROMPT_TOKENS, N, kept=config) + routers
+        # The embeddings of step and prompt are computed twice, for the model and for the method.
+        assert line["gflops"] == pytest.approx(expected * STEPS * 2 / 1e9, rel=2e-3) and line["kept_share"] == 0.5
 
 
 def test_finished_rows_are_never_computed_again(run, half, monkeypatch):

@@ -71,6 +71,22 @@ def test_the_command_makes_an_artefact_that_a_pipeline_can_use(model, data, tmp_
     assert not [path for path in out.rglob("*") if path.suffix in (".pt", ".pkl", ".bin", ".tmp")]
 
 
+def test_another_method_is_trained_by_the_same_command(model, data, tmp_path, capsys):
+    out = tmp_path / "my-diffcr"
+    assert main(options(model, data, out, **SETTINGS, method="diffcr")) == 0
+    assert "joint stage: 2 steps of 4" in capsys.readouterr().out
+    pipe = load_pipeline(str(model), None, torch.float32)
+    pipe.set_progress_bar_config(disable=True)
+    dense = generate(pipe)
+    with shiva_ext.enable(pipe, out):
+        assert not torch.equal(generate(pipe), dense)
+    assert torch.equal(generate(pipe), dense)
+    page = (out / "report.html").read_text()
+    assert "<h2>DiffCR</h2>" in page and page.count("data:image/png;base64,") == 1
+    with pytest.raises(ValueError, match="one of shiva, diffcr, dydit, sparsedit"):
+        TrainConfig(method="toma")
+
+
 def test_a_stopped_run_goes_on_with_resume_and_ends_the_same(model, data, tmp_path, monkeypatch):
     whole = fit(str(model), data, tmp_path / "whole", CONFIG)
     write, written = checkpoint.write, []

@@ -2,14 +2,15 @@
 
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import NamedTuple, Protocol
 
-from torch import Tensor
+from torch import Tensor, nn
 
 from .memory import RunMemory
 
 ATTENTION, MLP, BLOCK = "attention", "mlp", "block"
+MLP_NORM = "mlp_norm"  # the norm before the MLP: what comes to it is the block's tokens after attention
 
 
 class Merge(Protocol):
@@ -53,9 +54,14 @@ class BlockCall:
         guided: whether the batch is (unconditional, conditional).
         memory: of the run.
         run: ``run(tokens, kept)``: the block itself on these tokens, see :meth:`ModelAdapter.call`.
-        plan: what the modules of the block read: site to :class:`Merge`.
+        plan: what the modules of the block read: site to :class:`Merge`, or to what runs in the module's place,
+            ``replacement(module, forward, tokens, ...)``.
         tokens_of, replaced: read and replace the image tokens in a block's output.
         record: takes the indices [B,M] of the tokens that stay independent, and at which sites.
+        conditioning: embeddings of the step and the prompt, see :class:`shiva_ext.models.Conditioning`.
+        weights: of a method that is trained, else None.
+        scratch: a dict for this call of the transformer, shared by its blocks.
+        training: whether gradients are wanted.
     """
 
     layer: int
@@ -67,10 +73,14 @@ class BlockCall:
     guided: bool
     memory: RunMemory
     run: Callable
-    plan: dict[str, Merge]
+    plan: dict[str, Merge | Callable]
     tokens_of: Callable
     replaced: Callable
     record: Callable[[Tensor, tuple[str, ...]], None]
+    conditioning: object = None
+    weights: nn.Module | None = None
+    scratch: dict = field(default_factory=dict)
+    training: bool = False
 
     def dense(self):
         """The block on all its tokens."""
@@ -87,16 +97,20 @@ class BlockCall:
         if merging:
             self.record(next(iter(merging.values())), tuple(merging))
         if BLOCK not in merges:
-            self.plan.update(merges)
-            try:
-                return self.run(self.x)
-            finally:
-                self.plan.clear()
+            return self.with_plan(merges)
         merge = merges[BLOCK]
         merged = merge.merge(self.x)
         output = self.run(merged, merge.leaders)
         update = self.tokens_of(output).to(self.x.dtype) - merged
         return self.replaced(output, self.x + merge.unmerge(update))
+
+    def with_plan(self, plan: Mapping[str, Merge | Callable], x: Tensor | None = None):
+        """The block on tokens x, by default all, with its modules as planned."""
+        self.plan.update(plan)
+        try:
+            return self.run(self.x if x is None else x)
+        finally:
+            self.plan.clear()
 
 
 class Method(ABC):

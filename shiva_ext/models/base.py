@@ -51,7 +51,7 @@ class ModelAdapter(ABC):
         return []
 
     def merge_sites(self, block: nn.Module) -> dict[str, list[nn.Module]]:
-        """The modules that take and return the image tokens alone, by site: "attention", "mlp".
+        """The modules that take and return the image tokens alone, by site: "attention", "mlp", its "mlp_norm".
 
         Their first argument is ``hidden_states``; it is also what they return, or the first part of it. Empty where a
         module's tokens have places of their own (rotary positions, a convolution), so that only whole blocks can merge.

@@ -27,7 +27,7 @@ class DiTAdapter(ModelAdapter):
         return (transformer.config.sample_size // transformer.config.patch_size) ** 2
 
     def merge_sites(self, block: nn.Module) -> dict[str, list[nn.Module]]:
-        return {"attention": [block.attn1], "mlp": [block.ff]}
+        return {"attention": [block.attn1], "mlp": [block.ff], "mlp_norm": [block.norm3]}
 
     def forward_flops(self, transformer: nn.Module, *args, **options) -> int:
         return dit_forward_flops(transformer, *args, **options)

@@ -29,7 +29,7 @@ class PixArtAdapter(ModelAdapter):
         return (transformer.config.sample_size // transformer.config.patch_size) ** 2
 
     def merge_sites(self, block: nn.Module) -> dict[str, list[nn.Module]]:
-        return {"attention": [block.attn1], "mlp": [block.ff]}
+        return {"attention": [block.attn1], "mlp": [block.ff], "mlp_norm": [block.norm2]}
 
     def forward_flops(self, transformer: nn.Module, *args, **options) -> int:
         return pixart_forward_flops(transformer, *args, **options)

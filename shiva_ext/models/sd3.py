@@ -34,7 +34,7 @@ class SD3Adapter(ModelAdapter):
 
     def merge_sites(self, block: nn.Module) -> dict[str, list[nn.Module]]:
         attention = [block.attn] if getattr(block, "attn2", None) is None else [block.attn, block.attn2]
-        return {"attention": attention, "mlp": [block.ff]}
+        return {"attention": attention, "mlp": [block.ff], "mlp_norm": [block.norm2]}
 
     def forward_flops(self, transformer: nn.Module, *args, **options) -> int:
         return sd3_forward_flops(transformer, *args, **options)

@@ -13,6 +13,8 @@ from pathlib import Path
 import torch
 from diffusers import SD3Transformer2DModel
 from safetensors.torch import load_file, save_file
+from torch.nn.attention import SDPBackend, sdpa_kernel
+from torch.utils.flop_counter import FlopCounterMode
 from tqdm import tqdm
 
 from ..evaluation.flops import sd3_forward_flops
@@ -149,7 +151,6 @@ class Study:
                     share = kept_share(kept, len(some_labels), tokens, range(1, layers))[:SHOWN]
                     draw_grid(2 * share[:, None] - 1, file.with_suffix(".kept.png"), SHOWN)
             images.append(some)
-        method.disable()
         images = torch.cat(images).half()
         result = {"name": row.name, "seed": seed, **self._metrics(images.float(), labels, reference)}
         result |= self._cost(transformer, work, method.router_width)
@@ -157,11 +158,23 @@ class Study:
         result["foreground_recall"] = 1.0 if recall.value is None else recall.value
         if not self.bed.foreground:
             result["foreground_recall"] = None
+        if method.measured:
+            result["gflops"] = self._measured_flops(transformer, prompts, labels, noise, row.steps) / 1e9
+            if not any(kept for kept, _ in work):  # what it leaves out are no whole tokens
+                result |= dict(kept_share=None, foreground_recall=None)
+        method.disable()
         result["settings"] = self.settings(row) | {"seed": seed}
         save_file({"images": images}, file.with_suffix(".safetensors"))
         draw_grid(images.float(), file.with_suffix(".png"))
         _write(file, json.dumps(result, indent=1))
         return result
+
+    def _measured_flops(self, transformer, prompts, labels: torch.Tensor, noise: torch.Tensor, steps: int) -> float:
+        """Operations of an image, counted while one batch is made."""
+        counter, size = FlopCounterMode(display=False), min(self.batch_size, len(labels))
+        with counter, sdpa_kernel(SDPBackend.MATH):  # the counter does not know the CPU's fused attention
+            self._generate(transformer, prompts, labels[:size], noise[:size], steps)
+        return counter.get_total_flops() / size
 
     def _reference(self, seed: int) -> torch.Tensor:
         self.sample(self.dense, seed)

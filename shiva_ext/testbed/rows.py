@@ -31,7 +31,7 @@ class Row:
         repeat: over all seeds of the report, not only the first.
         group: rows of one group share a colour in the plot.
         options: further settings of the method, as pairs of a name and a value: of a method of
-            :mod:`shiva_ext.methods` its own, of the others those of :func:`shiva_ext.enable`.
+            :mod:`shiva_ext.methods` its own, trained or not, of the others those of :func:`shiva_ext.enable`.
     """
 
     name: str
@@ -63,9 +63,11 @@ class Method(Protocol):
 
     Attributes:
         router_width: hidden width of the router that scores every token of a pruned layer; 0 without one.
+        measured: whether its operations are to be counted as it runs, because they follow from weights and image.
     """
 
     router_width: int
+    measured: bool
 
     def work(self, dim: int, tokens: int) -> list[tuple[dict, int]]:
         """Of each recorded call: what each layer that is not dense processes, as
@@ -84,7 +86,7 @@ class Method(Protocol):
 class Dense:
     """The model as it is."""
 
-    router_width = 0
+    router_width, measured = 0, False
 
     def work(self, dim: int, tokens: int) -> list[tuple[dict, int]]:
         return []
@@ -106,6 +108,7 @@ class Enabled:
         self.handle = shiva_ext.enable(transformer, source, **overrides)
         router = getattr(self.handle.state.selector, "router", None)
         self.router_width = 0 if router is None else router.config.hidden
+        self.measured = isinstance(self.handle.state.method, methods.TrainedMethod)
 
     def work(self, dim: int, tokens: int) -> list[tuple[dict, int]]:
         found, method = [], self.handle.state.method
@@ -145,6 +148,11 @@ def _artefact(transformer: SD3Transformer2DModel, row: Row, guided: bool) -> Met
     return Enabled(transformer, ASSETS / row.source, batched_guidance=guided, **dict(row.options))
 
 
+def _trained(transformer: SD3Transformer2DModel, row: Row, guided: bool) -> Method:
+    artifact = shiva_ext.MethodArtifact.load(ASSETS / row.source).with_settings(**dict(row.options))
+    return Enabled(transformer, artifact, batched_guidance=guided)
+
+
 def _artefact_at_ratio(transformer: SD3Transformer2DModel, row: Row, guided: bool) -> Method:
     return Enabled(transformer, ASSETS / row.source, ratio=row.ratio, batched_guidance=guided)
 
@@ -163,6 +171,7 @@ METHODS: dict[str, Callable[[SD3Transformer2DModel, Row, bool], Method]] = {
     "artefact": _artefact,
     "artefact at ratio": _artefact_at_ratio,
     "artefact, shared choice": _artefact_shared,
+    "artefact of a method": _trained,
     "selector": _baseline,
     "method": _method,
 }

@@ -7,6 +7,7 @@ import torch
 
 from shiva_ext.training.config import TrainConfig
 from shiva_ext.training.display import make_display
+from shiva_ext.training.method_trainer import MethodTrainer
 from shiva_ext.training.trainer import Batch, ShivaTrainer
 
 from .data import Batches, load_split
@@ -54,10 +55,18 @@ def train(
     control: bool = False,
     resume: bool = False,
 ) -> Path:
-    """Train one artefact (or, with ``control``, the dense fine-tune of as many joint steps) and write it to ``out``."""
+    """Train one artefact (or, with ``control``, the dense fine-tune of as many joint steps) and write it to ``out``.
+
+    Another method (``config.method``) trains in one stage: give it as many ``joint_steps`` as Shiva's stages together.
+    """
+    if control and config.method != "shiva":
+        raise ValueError(f"shiva train testbed: the control has no method, got {config.method!r}; leave one out")
     transformer, prompts = load_model(dense_model)
     source, display = batch_source(prompts, config.prompt_dropout, data_dir), make_display(True)
-    trainer = ShivaTrainer(transformer, config, source, dense=control, display=display)
+    if config.method == "shiva":
+        trainer = ShivaTrainer(transformer, config, source, dense=control, display=display)
+    else:
+        trainer = MethodTrainer(transformer, config, source, display=display)
     try:
         trainer.run(Path(out) / "checkpoints", resume)
         trainer.export(out)

@@ -7,6 +7,7 @@ from pathlib import Path
 
 import yaml
 
+METHODS = ("shiva", "diffcr", "dydit", "sparsedit")
 # All attention and MLP linears of the blocks, of both streams.
 ADAPTER_TARGETS = (
     r"(.*\.)?\w*blocks\.\d+\.(.*\.)?"
@@ -51,6 +52,9 @@ class TrainConfig:
         keep_checkpoints: how many are kept.
         max_bad_steps: steps without a finite gradient that are skipped, one after the other, before the run stops.
         seed: of everything random.
+        method: "shiva", or another trained method of :data:`shiva_ext.methods.TRAINED`: "diffcr", "dydit", "sparsedit".
+            Those have one stage of ``joint_steps``; their own weights learn at ``lr_router``, and those that set how
+            much is kept at ``lr_policy``.
         start_from: folder or hub id of an artefact to go on from, of the same kind of model: its router, policy and
             adapters in place of fresh ones. With ``router_steps`` and ``policy_steps`` 0 only the joint stage follows.
     """
@@ -94,11 +98,14 @@ class TrainConfig:
     keep_checkpoints: int = 2
     max_bad_steps: int = 10
     seed: int = 0
+    method: str = "shiva"
     start_from: str = ""
 
     def steps_before(self, stage: str) -> int:
         """Steps of the stages before this one ("router", "policy", "joint"); "end" is behind the last."""
         steps = {"router": self.router_steps, "policy": self.policy_steps, "joint": self.joint_steps, "end": 0}
+        if self.method != "shiva":
+            steps["router"] = steps["policy"] = 0
         names = list(steps)
         return sum(steps[name] for name in names[: names.index(stage)])
 
@@ -110,6 +117,8 @@ class TrainConfig:
                 raise ValueError(
                     f"TrainConfig: {name} is {getattr(self, name)!r}, wanted one of {', '.join(map(repr, choices))}"
                 )
+        if self.method not in METHODS:
+            raise ValueError(f"TrainConfig: method is {self.method!r}, wanted one of {', '.join(METHODS)}")
         if self.keep_checkpoints < 1 or self.log_every < 1:
             raise ValueError("TrainConfig: keep_checkpoints and log_every must be at least 1")
         if self.batch_size % self.micro_batches:

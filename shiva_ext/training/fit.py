@@ -15,6 +15,7 @@ from .config import FREE, TrainConfig
 from .data import find_samples
 from .display import make_display
 from .encodings import CachedSource, Encoder, EncodingCache
+from .method_trainer import MethodTrainer
 from .objectives import objective_for
 from .recipes import recipe_for
 from .report import write_report
@@ -201,7 +202,7 @@ def _fit(
         if config.tracker:
             state.init_trackers("shiva", asdict(config))
             display.listeners.append(lambda entry: _track(state, entry, config))
-        trainer = ShivaTrainer(
+        trainer = (ShivaTrainer if config.method == "shiva" else MethodTrainer)(
             transformer.to(state.device),
             config,
             source,
@@ -212,7 +213,9 @@ def _fit(
         )
         try:
             trainer.run(out / "checkpoints", resume)
-            probes = observe.probe(trainer)  # by all: the weights may be shared out
+            probes = (
+                observe.probe(trainer) if config.method == "shiva" else None
+            )  # by all: the weights may be shared out
             if state.is_main_process:
                 source = {"model": run["model"], "revision": run["revision"], "shiva_ext": __version__}
                 write_report(out / "report.html", trainer.export(out, source), run, probes)

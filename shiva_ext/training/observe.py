@@ -36,8 +36,18 @@ def _autocast(trainer: ShivaTrainer) -> torch.autocast:
 
 @contextmanager
 def pruned(trainer: ShivaTrainer) -> Iterator[_Listener]:
-    """The model as the artefact of this moment would make it; gives the selector, which keeps its scores."""
+    """The model as the artefact of this moment would make it; gives the selector, which keeps its scores.
+
+    Another method has no selector; it runs its blocks as they are.
+    """
     state = trainer.state
+    if state.method is not None:
+        try:
+            with _autocast(trainer):
+                yield None
+        finally:
+            state.forget()
+        return
     selector = state.selector
     state.selector = _Listener(replace(trainer.artifact, table=trainer.table()))
     try:

@@ -5,6 +5,7 @@ import html
 import io
 import json
 import os
+from dataclasses import asdict
 from pathlib import Path
 
 import matplotlib
@@ -14,6 +15,7 @@ import matplotlib.pyplot as plt
 import torch
 
 from ..artifact import ShivaArtifact
+from ..method_artifact import MethodArtifact
 
 STYLE = """body{font:16px/1.5 system-ui,sans-serif;max-width:60rem;margin:2rem auto;padding:0 1rem;color:#222}
 img{max-width:100%}table{border-collapse:collapse;font-size:14px}td,th{padding:.15rem .7rem;text-align:left;
@@ -99,7 +101,9 @@ def _table(values: dict) -> str:
     return f"<table>{rows}</table>"
 
 
-def write_report(path: Path, artifact: ShivaArtifact, run: dict, probes: list[dict] | None = None) -> None:
+def write_report(
+    path: Path, artifact: ShivaArtifact | MethodArtifact, run: dict, probes: list[dict] | None = None
+) -> None:
     """Write the page.
 
     Args:
@@ -109,11 +113,12 @@ def write_report(path: Path, artifact: ShivaArtifact, run: dict, probes: list[di
         probes: for some noise levels ``{"sigma", "grid": (H, W), "scores": {layer: [B,N]}, "kept": {layer: [B,k]}}``.
     """
     history = artifact.metadata.get("history", [])
-    parts = [
-        "<h2>What was trained</h2>" + _table({k: v for k, v in run.items() if k != "config"}),
-        "<h2>Share of tokens kept</h2>"
-        f"<p>Mean {artifact.table.mean():.3f}, asked for {run['config']['budget']}.</p>" + _ratio_map(artifact),
-    ]
+    parts = ["<h2>What was trained</h2>" + _table({k: v for k, v in run.items() if k != "config"})]
+    if isinstance(artifact, MethodArtifact):
+        parts.append(f"<h2>{type(artifact.method).__name__}</h2>" + _table(asdict(artifact.method)))
+    else:
+        mean = f"<p>Mean {artifact.table.mean():.3f}, asked for {run['config']['budget']}.</p>"
+        parts.append("<h2>Share of tokens kept</h2>" + mean + _ratio_map(artifact))
     if history:
         parts.append("<h2>Losses</h2>" + _curves(history))
     if probes and probes[0]["scores"]:
