@@ -9,7 +9,7 @@ import torch
 
 from shiva_ext.evaluation.metrics import (
     ForegroundRecall,
-    bootstrap_error,
+    bootstrap_distances,
     class_accuracy,
     foreground_tokens,
     frechet_distance,
@@ -256,7 +256,17 @@ def test_the_bootstraps_error_is_the_spread_of_new_samples():
     mean, covariance = torch.zeros(3), torch.eye(3)
     fresh = [frechet_distance(*gaussian(torch.randn(300, 3) + 0.5), mean, covariance) for _ in range(200)]
     wanted = 1.96 * torch.tensor(fresh).std().item()
-    found = bootstrap_error(torch.randn(300, 3) + 0.5, mean, covariance, draws=200)
-    assert found == pytest.approx(wanted, rel=0.25)
-    again = bootstrap_error(torch.ones(300, 3).cumsum(0), mean, covariance, 20)
-    assert again == bootstrap_error(torch.ones(300, 3).cumsum(0), mean, covariance, 20)
+    draws = bootstrap_distances(torch.randn(300, 3) + 0.5, mean, covariance, draws=200)
+    assert len(draws) == 200 and 1.96 * torch.tensor(draws).std().item() == pytest.approx(wanted, rel=0.25)
+
+
+def test_equal_seeds_resample_the_same_rows():
+    """Features that differ by a rotation and a shift of the reference have the same distances, draw by draw."""
+    torch.manual_seed(0)
+    features = torch.randn(300, 3, dtype=torch.float64)
+    rotation = torch.linalg.qr(torch.randn(3, 3, dtype=torch.float64))[0]
+    mean, covariance = torch.ones(3).double(), torch.eye(3).double()
+    first = bootstrap_distances(features, mean, covariance, 20)
+    second = bootstrap_distances(features @ rotation, mean @ rotation, covariance, 20)
+    assert first == pytest.approx(second, rel=1e-6)
+    assert first != pytest.approx(bootstrap_distances(features, mean, covariance, 20, seed=1), rel=1e-3)

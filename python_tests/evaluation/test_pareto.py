@@ -4,7 +4,7 @@ import random
 
 import pytest
 
-from shiva_ext.evaluation.pareto import Point, at_cost, front, ties, verdicts
+from shiva_ext.evaluation.pareto import Point, at_cost, compare, front, ties, verdicts
 
 
 def points(*pairs, method="m", error=0.0):
@@ -52,3 +52,21 @@ def test_verdicts_at_equal_cost():
     ours = points((1, 10), (2, 6), error=1.0)
     rival = points((0.5, 50), (1, 15), (1.5, 9.9), (2, 3), (9, 4.1), method="r", error=1.0)
     assert [verdict for _, verdict in verdicts(ours, rival)] == [None, "better", "tie", "worse", "tie"]
+
+
+def test_what_was_resampled_together_is_compared_by_its_difference():
+    """A large spread that two points share hides nothing; one of their own does."""
+    noise = [((-1) ** i) * 3.0 for i in range(100)]
+    own = [((-1) ** (i // 2)) * 0.5 for i in range(100)]  # uncorrelated with the noise
+    mine = Point("mine", "a", 1, 10.0, 5.9, tuple(10 + n for n in noise))
+    close = Point("close", "b", 1, 10.9, 5.9, tuple(10.9 + n + o for n, o in zip(noise, own, strict=True)))
+    far = Point("far", "b", 1, 11.1, 5.9, tuple(11.1 + n + o for n, o in zip(noise, own, strict=True)))
+    assert [compare(mine, point) for point in (close, far)] == ["tie", "better"]  # 1.96 x 0.5025 = .985
+    assert compare(far, mine) == "worse"
+    alone = Point("alone", "b", 1, 11.1, 5.9)
+    assert compare(mine, alone) == "tie" and compare(mine, Point("x", "b", 1, 22.0, 5.9)) == "better"
+
+
+def test_interpolation_takes_the_resamples_along():
+    own = [Point("a", "m", 1, 10, 1, (9.0, 11.0)), Point("b", "m", 3, 4, 1, (5.0, 3.0))]
+    assert at_cost(own, 2).draws == (7.0, 7.0)

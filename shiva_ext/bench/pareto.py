@@ -5,12 +5,14 @@ import hashlib
 import json
 import os
 import platform
+import re
 import statistics
 from pathlib import Path
 
 import torch
 
-from ..evaluation.metrics import bootstrap_error, ssim
+from ..evaluation.metrics import bootstrap_distances, ssim
+from ..evaluation.pareto import DEVIATIONS
 from ..testbed.figures import draw_grid
 from ..testbed.report import SHOWN, Study
 from ..testbed.rows import Row
@@ -85,7 +87,9 @@ def _read(file: Path) -> dict:
 def _write(file: Path, content: dict) -> None:
     file.parent.mkdir(parents=True, exist_ok=True)
     temporary = file.with_suffix(".tmp")
-    temporary.write_text(json.dumps(content, indent=1) + "\n")
+    text = json.dumps(content, indent=1)
+    numbers = re.compile(r"\[\s+([-\d.e,\s]+?)\s+\]")  # on one line, not a line each
+    temporary.write_text(numbers.sub(lambda found: f"[{' '.join(found[1].split())}]", text) + "\n")
     os.replace(temporary, file)
 
 
@@ -102,7 +106,8 @@ def measure(study: Study, row: Row) -> dict:
     wanted = ("fid", "accuracy", "precision", "recall", "psnr", "foreground_recall", "gflops", "kept_share")
     cell = {"name": row.name, "method": row.group, "steps": row.steps} | {name: result[name] for name in wanted}
     (features, _), real = study.bed.measure(images), study.bed.statistics
-    cell["fid_error"] = bootstrap_error(features, real["mean"], real["covariance"])
+    draws = bootstrap_distances(features, real["mean"], real["covariance"])
+    cell |= {"fid_error": DEVIATIONS * statistics.stdev(draws), "fid_draws": [round(each, 4) for each in draws]}
     cell["ssim"] = ssim(images, study.images(study.dense, 0)).mean().item()
     ratios = [dense / mine for dense, mine in timing["pairs"]]
     cell |= {"speed_up": timing["speed_up"], "speed_up_range": [min(ratios), max(ratios)]}

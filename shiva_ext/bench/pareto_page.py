@@ -36,7 +36,10 @@ def points(found: list[dict], cost: str) -> list[Point]:
             return 1.0
         return 1 / cell["speed_up"] if cost == "time" else cell["gflops"] / dense["gflops"]
 
-    return [Point(cell["name"], cell["method"], of(cell), cell["fid"], cell["fid_error"]) for cell in found]
+    return [
+        Point(cell["name"], cell["method"], of(cell), cell["fid"], cell["fid_error"], tuple(cell.get("fid_draws", ())))
+        for cell in found
+    ]
 
 
 def plot(found: list[dict]) -> Figure:
@@ -180,7 +183,8 @@ def write_page(content: dict, file: Path) -> None:
         f"one after the other.{noise} Intervals are 1.96 deviations over resampled images. "
         f"Command: <code>{html.escape(content['command'])}</code></p>"
         f"<h2>The front</h2><p>Grey: what no other point beats.</p>{_embedded(plot(found))}"
-        f"<h2>At equal time</h2><p>Better and worse are outside both intervals.</p>{_duels(found)}"
+        f"<h2>At equal time</h2><p>Better and worse: the 95 % interval of the difference, with the same images "
+        f"resampled of both, which come from the same noise, leaves out 0.</p>{_duels(found)}"
         f"<h2>Every cell</h2><p>“Time beyond operations” is the share of a method's time that its operations do not "
         f"explain: its overhead.</p>{_results(found)}<h2>Samples and kept tokens</h2>{_pictures(found)}</html>"
     )

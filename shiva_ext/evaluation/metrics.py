@@ -171,13 +171,14 @@ def ssim(images: torch.Tensor, reference: torch.Tensor) -> torch.Tensor:
     return structural_similarity_index_measure(images, reference, data_range=2.0, reduction="none").reshape(-1)
 
 
-def bootstrap_error(
+def bootstrap_distances(
     features: torch.Tensor, mean: torch.Tensor, covariance: torch.Tensor, draws: int = 100, seed: int = 0
-) -> float:
-    """Half the width of the 95 % interval of :func:`frechet_distance` to a Gaussian: 1.96 deviations over resamples.
+) -> list[float]:
+    """:func:`frechet_distance` to a Gaussian for resamples of the samples.
 
-    A resample repeats samples, which lowers its covariance's rank and raises the distance itself: so the deviation is
-    what is taken of them, not their quantiles.
+    The same seed and number of samples draw the same rows, so that two methods' samples from the same noise are
+    resampled together. A resample repeats samples, which lowers its covariance's rank and raises the distance itself:
+    take the deviation of these numbers or of their differences, not their quantiles.
 
     Args:
         features: floating [M,F] of the samples.
@@ -190,7 +191,7 @@ def bootstrap_error(
     for _ in range(draws):
         some = features[torch.randint(len(features), (len(features),), generator=generator)]
         found.append(frechet_distance(*gaussian(some), mean, covariance))
-    return 1.96 * torch.tensor(found).std().item()
+    return found
 
 
 def class_accuracy(predicted: torch.Tensor, labels: torch.Tensor) -> float:

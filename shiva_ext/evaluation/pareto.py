@@ -1,7 +1,10 @@
 """Which methods are worth their time: the front of quality against cost, with its uncertainty."""
 
+import statistics
 from collections.abc import Sequence
 from dataclasses import dataclass
+
+DEVIATIONS = 1.96  # half a 95 % interval
 
 BETTER, TIE, WORSE = "better", "tie", "worse"
 
@@ -16,6 +19,7 @@ class Point:
         cost: seconds or operations, less is better.
         quality: a distance, less is better.
         error: half the width of its confidence interval.
+        draws: its quality in resamples, which are the same for all points that have any; or empty.
     """
 
     name: str
@@ -23,6 +27,7 @@ class Point:
     cost: float
     quality: float
     error: float = 0.0
+    draws: tuple[float, ...] = ()
 
     @property
     def low(self) -> float:
@@ -77,29 +82,36 @@ def at_cost(points: Sequence[Point], cost: float) -> Point | None:
             def between(name: str, a=cheap, b=dear, share=share) -> float:
                 return (1 - share) * getattr(a, name) + share * getattr(b, name)
 
-            return Point(
-                f"between {cheap.name} and {dear.name}", cheap.method, cost, between("quality"), between("error")
-            )
+            draws = tuple((1 - share) * a + share * b for a, b in zip(cheap.draws, dear.draws, strict=False))
+            name = f"between {cheap.name} and {dear.name}"
+            return Point(name, cheap.method, cost, between("quality"), between("error"), draws)
     return own[-1]
+
+
+def compare(mine: Point, other: Point) -> str:
+    """Whether a point is better than another, worse, or neither for sure.
+
+    Where both were resampled together it is the interval of their difference that must leave out 0: what both owe to
+    the same noise and the same few samples does not count. Else their intervals must not overlap.
+    """
+    difference = mine.quality - other.quality
+    if mine.draws and len(mine.draws) == len(other.draws):
+        error = DEVIATIONS * statistics.stdev(a - b for a, b in zip(mine.draws, other.draws, strict=True))
+    else:
+        error = mine.error + other.error
+    if abs(difference) <= error:
+        return TIE
+    return BETTER if difference < 0 else WORSE
 
 
 def verdicts(ours: Sequence[Point], rival: Sequence[Point]) -> list[tuple[Point, str | None]]:
     """How we stand at the cost of each of a rival's points.
 
     Returns:
-        (point, verdict), by rising cost: "better" or "worse" where the intervals do not overlap, else "tie"; None where
-        we have no point that is as cheap.
+        (point, verdict), by rising cost, as :func:`compare` has it; None where we have no point that is as cheap.
     """
     found = []
     for point in sorted(rival, key=lambda p: p.cost):
         mine = at_cost(ours, point.cost)
-        if mine is None:
-            verdict = None
-        elif mine.high < point.low:
-            verdict = BETTER
-        elif mine.low > point.high:
-            verdict = WORSE
-        else:
-            verdict = TIE
-        found.append((point, verdict))
+        found.append((point, None if mine is None else compare(mine, point)))
     return found
