@@ -122,7 +122,7 @@ def _bench_trial(args) -> None:
 def _bench_pareto(args) -> None:
     from .bench.pareto import run
 
-    run(args.samples, args.methods, args.out, args.cache_dir, args.model_dir, testbed=args.testbed)
+    run(args.samples, args.methods, args.out, args.cache_dir, args.model_dir, testbed=args.testbed, seeds=args.seeds)
 
 
 def _report_testbed(args) -> None:
@@ -220,6 +220,7 @@ def parser() -> argparse.ArgumentParser:
     sub.add_argument("--testbed", default="fashion", help="fashion or emoji")
     sub.add_argument("--samples", type=int, default=1000, help="images a cell")
     sub.add_argument("--methods", nargs="*", metavar="NAME", help="by default all; dense always runs")
+    sub.add_argument("--seeds", type=int, default=1, help="of the noise; cells that have as many stay")
     sub.add_argument("--out", default="results", help="folder of pareto.json, which finished cells are read from")
     sub.add_argument("--cache-dir", default="build/pareto", help="folder of the images")
     sub.add_argument("--model-dir", help="dense model's folder; by default the one that ships")

@@ -74,6 +74,19 @@ def test_a_method_alone_keeps_the_cells_of_others(swept):
         sweep(methods=["TurboMerge"])
 
 
+def test_more_seeds_for_those_that_are_close(swept):
+    """Their distance is the mean over the seeds; other cells stay, and so do they when one seed is asked for."""
+    _, sweep, content = swept
+    name = next(key for key, cell in content["cells"].items() if cell["method"] == "SDTM")
+    more = sweep(methods=["SDTM"], seeds=2)
+    cell = more["cells"][name]
+    assert len(cell["fid_seeds"]) == 2 and cell["fid_seeds"][0] == content["cells"][name]["fid"]
+    assert cell["fid"] == pytest.approx(sum(cell["fid_seeds"]) / 2) and cell["fid_seeds"][0] != cell["fid_seeds"][1]
+    others = [key for key, each in content["cells"].items() if each["method"] not in ("SDTM", "dense")]
+    assert all(more["cells"][key] == content["cells"][key] for key in others)
+    assert sweep()["cells"] == more["cells"]
+
+
 def test_other_settings_are_other_cells(swept, model_dir, tmp_path):
     _, _, content = swept
     study = Study(tmp_path, 7, 1, model_dir, steps=STEPS, batch_size=6)

@@ -100,13 +100,21 @@ def key(study: Study, row: Row) -> str:
 
 
 def measure(study: Study, row: Row) -> dict:
-    """One cell: its metrics with the bootstrap's deviation, its time beside dense, and small pictures."""
+    """One cell: its metrics with the bootstrap's deviation, its time beside dense, and small pictures.
+
+    Where there are several seeds, distance and resamples are means over them; the rest is the first one's.
+    """
     result, timing = study.sample(row, 0), study.timing(row)
     images = study.images(row, 0)
     wanted = ("fid", "accuracy", "precision", "recall", "psnr", "foreground_recall", "gflops", "kept_share")
     cell = {"name": row.name, "method": row.group, "steps": row.steps} | {name: result[name] for name in wanted}
-    (features, _), real = study.bed.measure(images), study.bed.statistics
-    draws = bootstrap_distances(features, real["mean"], real["covariance"])
+    real, resampled = study.bed.statistics, []
+    for seed in range(study.seeds):
+        features = study.bed.measure(study.images(row, seed))[0]
+        resampled.append(bootstrap_distances(features, real["mean"], real["covariance"]))
+    draws = [statistics.fmean(each) for each in zip(*resampled, strict=True)]
+    cell["fid_seeds"] = [study.sample(row, seed)["fid"] for seed in range(study.seeds)]
+    cell["fid"] = statistics.fmean(cell["fid_seeds"])
     cell |= {"fid_error": DEVIATIONS * statistics.stdev(draws), "fid_draws": [round(each, 4) for each in draws]}
     cell["ssim"] = ssim(images, study.images(study.dense, 0)).mean().item()
     ratios = [dense / mine for dense, mine in timing["pairs"]]
@@ -134,6 +142,7 @@ def run(
     model_dir: str | os.PathLike | None = None,
     rows: list[Row] | None = None,
     testbed: str = "fashion",
+    seeds: int = 1,
     **settings,
 ) -> dict:
     """Measure the cells that ``out/pareto.json`` does not hold yet, and write it, the page and the pictures.
@@ -148,6 +157,8 @@ def run(
         model_dir: dense model; by default the testbed's.
         rows: cells; by default :func:`cells`.
         testbed: "fashion" or "emoji".
+        seeds: of the noise. Cells of fewer are measured again, those of more stay: give two methods that are close
+            some more.
         settings: further settings of :class:`Study`.
 
     Raises:
@@ -161,14 +172,16 @@ def run(
             f"shiva bench pareto: unknown method {unknown[0]!r}; wanted some of {', '.join(map(repr, known))}"
         )
     study = Study(
-        Path(cache_dir), samples, 1, model_dir, testbed=testbed, **{"steps": STEPS, "timing_repeats": 3} | settings
+        Path(cache_dir), samples, seeds, model_dir, testbed=testbed, **{"steps": STEPS, "timing_repeats": 3} | settings
     )
     file = Path(out) / ("pareto.json" if testbed == "fashion" else f"pareto_{testbed}.json")
     content = _read(file)
     wanted = [row for row in rows if not methods or row.group in methods or row.group == "dense"]
-    missing = [row for row in wanted if key(study, row) not in content["cells"]]
+    done = {name for name, cell in content["cells"].items() if len(cell.get("fid_seeds", [0])) >= seeds}
+    missing = [row for row in wanted if key(study, row) not in done]
     for row in missing:
-        study.sample(row, 0)
+        for seed in range(seeds):
+            study.sample(row, seed)
     for row in missing:  # all times in one stretch: other work on the machine then meets all alike
         content["cells"][key(study, row)] = measure(study, row)
         _write(file, content)
