@@ -1,5 +1,6 @@
 """A run that is stopped at any moment and started again ends bit for bit as one that was not."""
 
+import json
 import multiprocessing
 import os
 import random
@@ -64,6 +65,19 @@ def test_a_run_that_is_done_stays_as_it_is(uninterrupted, tmp_path):
     finish(tmp_path)
     trainer = finish(tmp_path, source=lambda *args: pytest.fail("trained again"))
     assert all(torch.equal(value, uninterrupted[0][name]) for name, value in everything(trainer).items())
+
+
+def test_a_run_from_before_a_setting_was_there_goes_on(uninterrupted, tmp_path):
+    """A missing setting stands for its default."""
+    trainer = make_trainer()
+    trainer.run_stage("router", 3, checkpoints=tmp_path)
+    trainer.close()
+    (record,) = tmp_path.rglob("state.json")
+    content = json.loads(record.read_text())
+    for name in ("anneal_to", "method"):
+        del content["config"][name]
+    record.write_text(json.dumps(content))
+    assert losses(finish(tmp_path)) == uninterrupted[1]
 
 
 def test_checkpoints_come_when_they_are_due(tmp_path):

@@ -203,6 +203,18 @@ def test_the_control_run_trains_adapters_alone_and_prunes_nothing(tmp_path):
         assert shiva_ext.summary(model).mean_ratio == 1
 
 
+@pytest.mark.parametrize("share", [0.0, 0.6, 1.0])
+def test_temperatures_go_as_far_as_they_are_told(share):
+    config = replace(CONFIG, router_steps=2, policy_steps=1, joint_steps=2, anneal_to=share)
+    trainer, seen = ShivaTrainer(tiny_model(), config, next_batch), []
+    trainer.after_step = lambda *_: seen.append(trainer.estimator.progress)
+    trainer.run()
+    trainer.close()
+    assert seen == pytest.approx([share * step / 5 for step in range(5)])
+    with pytest.raises(ValueError, match="anneal_to is 1.5"):
+        TrainConfig(anneal_to=1.5)
+
+
 @pytest.mark.parametrize("micro_batches", [1, 2, 4])
 def test_the_budget_loss_sees_the_whole_batch_once_a_step(micro_batches):
     config = replace(CONFIG, micro_batches=micro_batches, budget=0.6, budget_weight=3.0, adapter_rank=0)

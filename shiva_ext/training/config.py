@@ -33,6 +33,8 @@ class TrainConfig:
         output_weight: factor of the squared difference between the student's and the teacher's output.
         feature_weight: factor of the normalised feature distillation, eq. 31, over every ``feature_every``-th block.
         budget_weight: factor of the budget loss, eq. 13.
+        anneal_to: how far the estimator's temperatures get on their way from start to end, in [0, 1]. Short runs may
+            do better when they stay warm.
         policy_noise: standard deviation on the logits in the second stage, eq. 29.
         adapter_rank: of the DoRA adapters; alpha equals it. 0 trains none.
         prompt_dropout: share of prompts replaced by the empty one.
@@ -79,6 +81,7 @@ class TrainConfig:
     feature_weight: float = 0.1
     feature_every: int = 4
     budget_weight: float = 1.0
+    anneal_to: float = 1.0
     policy_noise: float = 1.0
     adapter_rank: int = 32
     prompt_dropout: float = 0.1
@@ -112,6 +115,8 @@ class TrainConfig:
     def __post_init__(self):
         if not 0 < self.budget <= 1:
             raise ValueError(f"TrainConfig: budget is {self.budget}, wanted a share above 0 and at most 1")
+        if not 0 <= self.anneal_to <= 1:
+            raise ValueError(f"TrainConfig: anneal_to is {self.anneal_to}, wanted a share of the way in [0, 1]")
         for name, choices in (("precision", ("bf16", "fp32")), ("sharding", ("ddp", "fsdp"))):
             if getattr(self, name) not in choices:
                 raise ValueError(

@@ -60,7 +60,8 @@ def _begin(out: Path, run: dict, resume: bool) -> None:
             raise ValueError(f"shiva_ext: {out} holds a run already; go on with --resume, or choose another folder")
         before = json.loads(path.read_text()) if path.is_file() else {}
         now = {**run, "config": {name: value for name, value in run["config"].items() if name not in FREE}}
-        before["config"] = {name: value for name, value in before.get("config", {}).items() if name not in FREE}
+        settings = asdict(TrainConfig()) | before.get("config", {})  # a newer setting had its default
+        before["config"] = {name: value for name, value in settings.items() if name not in FREE}
         other = [f"{key} {before.get(key)!r} (now {now[key]!r})" for key in now if before.get(key) != now[key]]
         if other:
             raise ValueError(

@@ -351,7 +351,8 @@ class TrainingLoop(ABC):
             return None
         tensors, record = found
         wanted = {name: value for name, value in asdict(self.config).items() if name not in FREE}
-        other = [f"{k} {record['config'].get(k)} (now {v})" for k, v in wanted.items() if record["config"].get(k) != v]
+        before = asdict(TrainConfig()) | record["config"]  # a setting that is newer than the run had its default
+        other = [f"{k} {before[k]} (now {v})" for k, v in wanted.items() if before[k] != v]
         if other:
             raise ValueError(
                 f"shiva_ext: the run in {folder} was started with other settings: {', '.join(other)}; resume with the "

@@ -102,7 +102,7 @@ class ShivaTrainer(TrainingLoop):
         return None if stage == "router" or self.dense else self.budget_term(sigmas)
 
     def before_step(self, progress: float) -> None:
-        self.estimator.progress = progress
+        self.estimator.progress = progress * self.config.anneal_to
 
     def carried(self) -> Tensor:
         return self.budget_loss.mu
