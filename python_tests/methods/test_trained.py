@@ -416,6 +416,18 @@ def test_runs_on_the_other_families_it_knows(name, build, inputs):
     assert torch.equal(before, after)
 
 
+@pytest.mark.parametrize("name", TRAINED)
+def test_half_precision_is_the_same_method(name):
+    """The same tokens and heads, and outputs within bfloat16's rounding."""
+    model = make_model(**SIX)
+    artifact = changed(fresh(METHODS[name], model), keep=0.5, heads__bias=-1.0, up__bias=0.0)
+    wanted = output(model, artifact)
+    got = output(model.to(torch.bfloat16), artifact, dtype=torch.bfloat16)
+    assert got.dtype == torch.bfloat16
+    error = (got.float() - wanted).square().mean().sqrt() / wanted.square().mean().sqrt()
+    assert error < 0.2
+
+
 @pytest.mark.parametrize("name", ["dydit", "sparsedit"])
 def test_refuses_a_family_whose_blocks_it_does_not_know(name):
     model = make_flux()

@@ -148,9 +148,9 @@ class SparseDiT(TrainedMethod):
         fine, layer = call.scratch["fine"], str(call.layer)
         coarse = self.coarse_grid(call.grid, call.progress)
         spread = F.interpolate(_picture(call.x, coarse), size=call.grid, mode="nearest").flatten(2).transpose(1, 2)
-        weights = call.weights
-        x = weights.sparse[layer](spread).to(fine.dtype) + weights.dense[layer](fine).to(fine.dtype)
-        return _attending(call, x + self._position(call, call.grid), call.x)
+        first, second = call.weights.sparse[layer].weight, call.weights.dense[layer].weight
+        x = F.linear(spread, first.to(spread.dtype)) + F.linear(fine, second.to(fine.dtype))
+        return _attending(call, x.to(fine.dtype) + self._position(call, call.grid), call.x)
 
     def _position(self, call: BlockCall, grid: tuple[int, int]) -> Tensor:
         """Sines and cosines of the places of a grid's tokens, [1,M,D]."""
