@@ -39,7 +39,8 @@ def gaussian(features: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
     return features.mean(0), centred.T @ centred / (len(features) - 1)
 
 
-def _square_root(covariance: torch.Tensor) -> torch.Tensor:
+def square_root(covariance: torch.Tensor) -> torch.Tensor:
+    """The symmetric root of a covariance [F,F]; what rounding made negative counts as zero."""
     values, vectors = torch.linalg.eigh((covariance + covariance.T) / 2)
     return (vectors * values.clamp_min(0).sqrt()) @ vectors.T
 
@@ -74,7 +75,7 @@ def frechet_distance(
         if not torch.isfinite(tensor).all():
             raise ValueError(f"frechet_distance: {name} must be finite, got NaN or infinity")
     mean, covariance, other_mean, other_covariance = (tensor.double() for tensor in tensors.values())
-    overlap = torch.linalg.svdvals(_square_root(covariance) @ _square_root(other_covariance)).sum()
+    overlap = torch.linalg.svdvals(square_root(covariance) @ square_root(other_covariance)).sum()
     distance = (mean - other_mean).square().sum() + covariance.trace() + other_covariance.trace() - 2 * overlap
     return max(0.0, distance.item())
 
