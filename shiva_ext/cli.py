@@ -120,9 +120,54 @@ def _bench_trial(args) -> None:
 
 
 def _bench_pareto(args) -> None:
-    from .bench.pareto import run
+    own = {option.dest: getattr(args, option.dest) for option in _model_options(argparse.ArgumentParser())}
+    if args.model is None:
+        if given := [name for name, value in own.items() if value is not None]:
+            raise ValueError(f"--{given[0].replace('_', '-')} is for one's own checkpoint; give --model, too")
+        from .bench.pareto import run
 
-    run(args.samples, args.methods, args.out, args.cache_dir, args.model_dir, testbed=args.testbed, seeds=args.seeds)
+        place = args.out, args.cache_dir, args.model_dir
+        run(args.samples or 1000, args.methods, *place, testbed=args.testbed, seeds=args.seeds)
+        return
+    if args.model_dir is not None or args.seeds != 1:
+        raise ValueError("--model-dir and --seeds are for the testbeds; --model is the checkpoint, --seed its noise")
+    from .bench.pareto_model import run
+
+    own["samples"], own["weights"] = args.samples, _pairs(args.weights)
+    options = {name: value for name, value in own.items() if value is not None}
+    run(methods=args.methods, out=args.out, cache_dir=args.cache_dir, **options)
+
+
+def _pairs(given: list[str] | None) -> dict[str, str]:
+    """``clip=FOLDER`` as a dictionary."""
+    for each in given or []:
+        if not all(each.partition("=")):
+            raise ValueError(f"--weights is {each!r}, wanted METRIC=PATH, such as clip=my-clip")
+    return dict(each.split("=", 1) for each in given or [])
+
+
+def _model_options(parser: argparse.ArgumentParser) -> list[argparse.Action]:
+    """Of ``bench pareto`` on one's own checkpoint; None is the default of :func:`~.bench.pareto_model.run`."""
+    add = parser.add_argument
+    return [
+        add("--model", help="one's own checkpoint instead: folder of a diffusers pipeline, or a hub id"),
+        add("--revision", help="commit of a hub id"),
+        add("--name", help="of the files pareto_NAME.json and so on; by default the model's"),
+        add("--prompts", metavar="FILE", help="a prompt a line; by default a few that ship"),
+        add("--steps", type=int, help="by default the pipeline's own, as guidance and size"),
+        add("--guidance", type=float),
+        add("--size", type=int, help="pixels of a side"),
+        add("--artefact", metavar="FOLDER", help="trained selection, for Shiva's cells"),
+        add("--metrics", nargs="+", metavar="NAME", help="clip, clip-iqa, fid, image-reward; PSNR and SSIM are always"),
+        add("--weights", nargs="+", metavar="NAME=PATH", help="local weights of metrics"),
+        add("--real", metavar="FOLDER", help="of pictures, for fid"),
+        add("--quality", metavar="NAME", help="what the front is of: fid, ssim, psnr or another metric"),
+        add("--dtype", help="of the model; bfloat16 unless given"),
+        add("--device", help="by default a GPU if there is one"),
+        add("--batch-size", type=int, help="pictures a call; 1 unless given"),
+        add("--seed", type=int, help="of the noise"),
+        add("--timing-repeats", type=int, help="pairs of calls a cell; 3 unless given"),
+    ]
 
 
 def _report_testbed(args) -> None:
@@ -218,12 +263,13 @@ def parser() -> argparse.ArgumentParser:
 
     sub = bench.add_parser("pareto", help="every method at several strengths: quality against time, as a page")
     sub.add_argument("--testbed", default="fashion", help="fashion or emoji")
-    sub.add_argument("--samples", type=int, default=1000, help="images a cell")
+    sub.add_argument("--samples", type=int, help="images a cell; 1000, or 64 of one's own checkpoint")
     sub.add_argument("--methods", nargs="*", metavar="NAME", help="by default all; dense always runs")
     sub.add_argument("--seeds", type=int, default=1, help="of the noise; cells that have as many stay")
     sub.add_argument("--out", default="results", help="folder of pareto.json, which finished cells are read from")
     sub.add_argument("--cache-dir", default="build/pareto", help="folder of the images")
     sub.add_argument("--model-dir", help="dense model's folder; by default the one that ships")
+    _model_options(sub.add_argument_group("one's own checkpoint"))
     sub.set_defaults(run=_bench_pareto)
 
     report = commands.add_parser("report", help="evaluations").add_subparsers(required=True, dest="what")
@@ -261,7 +307,7 @@ def main(argv: list[str] | None = None) -> int:
     args = parser().parse_args(argv)
     try:
         args.run(args)
-    except (OSError, TypeError, ValueError, FloatingPointError) as error:
+    except (ImportError, OSError, TypeError, ValueError, FloatingPointError) as error:
         print(f"shiva: {error}", file=sys.stderr)
         return 1
     return 0

@@ -27,6 +27,12 @@ _MARKERS = "osD^vP<>Xp"
 OURS, REFERENCE = "Shiva", "dense"
 
 
+def quality(cell: dict) -> tuple[float, float, tuple[float, ...]]:
+    """A cell's distance, half its interval, and its resamples: a testbed's FID, or what a checkpoint's sweep chose."""
+    name = "quality" if "quality" in cell else "fid"
+    return cell[name], cell[f"{name}_error"], tuple(cell.get(f"{name}_draws") or ())
+
+
 def points(found: list[dict], cost: str) -> list[Point]:
     """The cells as points; ``cost`` is "time" or "operations", in shares of the dense model's."""
     dense = next(cell for cell in found if cell["name"] == REFERENCE)
@@ -36,10 +42,9 @@ def points(found: list[dict], cost: str) -> list[Point]:
             return 1.0
         return 1 / cell["speed_up"] if cost == "time" else cell["gflops"] / dense["gflops"]
 
-    return [
-        Point(cell["name"], cell["method"], of(cell), cell["fid"], cell["fid_error"], tuple(cell.get("fid_draws", ())))
-        for cell in found
-    ]
+    # Equal pictures have no finite PSNR.
+    shown = [cell for cell in found if quality(cell)[0] is not None]
+    return [Point(cell["name"], cell["method"], of(cell), *quality(cell)) for cell in shown]
 
 
 def plot(found: list[dict]) -> Figure:
@@ -70,10 +75,12 @@ def plot(found: list[dict]) -> Figure:
                 label=method,
             )
         axis.set_xlabel(f"{cost}, share of the dense model's" + (" (measured)" if cost == "time" else " (counted)"))
-        axis.set_yscale("log")
+        if all(p.quality > 0 for p in all_points):
+            axis.set_yscale("log")
         axis.yaxis.set_major_formatter("{x:g}")
         axis.grid(alpha=0.3, which="both")
-    figure.axes[0].set_ylabel("classifier-FID, 95 % intervals (lower is better)")
+    name = found[0].get("quality_name", "classifier-FID")
+    figure.axes[0].set_ylabel(f"{name}, 95 % intervals (lower is better)")
     figure.axes[1].legend(fontsize=8, ncols=2)
     return figure
 
@@ -104,12 +111,24 @@ def _number(value: float | None, form: str) -> str:
     return "" if value is None else format(value, form)
 
 
+def _measured(cell: dict) -> dict[str, str]:
+    """A cell's metrics as texts: a testbed's, or those that the sweep of a checkpoint was asked for."""
+    if "metrics" in cell:
+        return {each["title"]: f"{each['value']:.3g} ± {each['error']:.2g}" for each in cell["metrics"].values()}
+    return {
+        "FID": f"{cell['fid']:.2f} ± {cell['fid_error']:.2f}",
+        "accuracy": f"{cell['accuracy']:.3f}",
+        "precision / recall": f"{cell['precision']:.2f} / {cell['recall']:.2f}",
+        "foreground kept": _number(cell["foreground_recall"], ".2f"),
+    }
+
+
 def _results(found: list[dict]) -> str:
     by_time = points(found, "time")
     best, tied = {p.name for p in front(by_time)}, {p.name for p in ties(by_time)}
     dense = next(cell for cell in found if cell["name"] == REFERENCE)
-    head = ("", "FID", "speed-up", "by operations", "time beyond operations", "accuracy", "precision / recall", "PSNR",
-            "SSIM", "foreground kept", "front")  # fmt: skip
+    measured = _measured(dense)
+    head = ("", "speed-up", "by operations", "time beyond operations", *measured, "PSNR", "SSIM", "front")
     rows = [_row(head, "th")]
     for cell in found:
         counted = dense["gflops"] / cell["gflops"]
@@ -119,15 +138,12 @@ def _results(found: list[dict]) -> str:
             _row(
                 (
                     html.escape(cell["name"]),
-                    f"{cell['fid']:.2f} ± {cell['fid_error']:.2f}",
                     "1" if cell is dense else f"{speed_up:.2f} ({low:.2f} to {high:.2f})",
                     f"{counted:.2f}",
                     f"{1 - speed_up / counted:.0%}",
-                    f"{cell['accuracy']:.3f}",
-                    f"{cell['precision']:.2f} / {cell['recall']:.2f}",
+                    *_measured(cell).values(),
                     _number(cell["psnr"], ".1f"),
                     _number(cell["ssim"], ".3f"),
-                    _number(cell["foreground_recall"], ".2f"),
                     "on it" if cell["name"] in best else "tie" if cell["name"] in tied else "",
                 )
             )
@@ -147,11 +163,17 @@ def duels(found: list[dict]) -> dict[str, list[tuple[str, str | None]]]:
 
 
 def _duels(found: list[dict]) -> str:
+    if OURS not in {cell["method"] for cell in found}:
+        return ""
     rows = [_row(("rival", "Shiva at the time of each of its points"), "th")]
     for rival, outcome in duels(found).items():
         text = ", ".join(f"{html.escape(name)}: {verdict or 'faster than any of ours'}" for name, verdict in outcome)
         rows.append(_row((html.escape(rival), text)))
-    return f"<table>{''.join(rows)}</table>"
+    head = (
+        "<h2>At equal time</h2><p>Better and worse: the 95 % interval of the difference, with the same images "
+        "resampled of both, which come from the same noise, leaves out 0.</p>"
+    )
+    return f"{head}<table>{''.join(rows)}</table>"
 
 
 def _pictures(found: list[dict]) -> str:
@@ -174,19 +196,23 @@ def write_page(content: dict, file: Path) -> None:
     noise = "" if content["noise"] is None else (
         f" The spread of the pairs of one cell was {content['noise']:.0%} of its speed-up in the median."
     )  # fmt: skip
+    about = content.get("about") or (
+        f"The {content['testbed']} testbed: {content['samples']} images a cell from the same noise, "
+        f"{content['steps']} Euler steps unless named, guidance {content['guidance']:g}"
+    )
+    left_out = "".join(f"<li>{html.escape(f'{name}: {why}')}</li>" for name, why in content.get("skipped", {}).items())
+    left_out = left_out and f"<p>Left out, as the model refused them:</p><ul>{left_out}</ul>"
     page = (
         '<!doctype html><html lang="en"><meta charset="utf-8"><title>Methods side by side</title>'
         f"<style>{STYLE}body{{max-width:75rem}}</style><h1>Methods side by side</h1>"
-        f"<p>The {content['testbed']} testbed: "
-        f"{content['samples']} images a cell from the same noise, {content['steps']} Euler steps unless named, "
-        f"guidance {content['guidance']:g}; {html.escape(machine)}. Times are medians of pairs with the dense model, "
+        f"<p>{html.escape(about)}; {html.escape(machine)}. Times are medians of pairs with the dense model, "
         f"one after the other.{noise} Intervals are 1.96 deviations over resampled images. "
         f"Command: <code>{html.escape(content['command'])}</code></p>"
         f"<h2>The front</h2><p>Grey: what no other point beats.</p>{_embedded(plot(found))}"
-        f"<h2>At equal time</h2><p>Better and worse: the 95 % interval of the difference, with the same images "
-        f"resampled of both, which come from the same noise, leaves out 0.</p>{_duels(found)}"
+        f"{_duels(found)}"
         f"<h2>Every cell</h2><p>“Time beyond operations” is the share of a method's time that its operations do not "
-        f"explain: its overhead.</p>{_results(found)}<h2>Samples and kept tokens</h2>{_pictures(found)}</html>"
+        f"explain: its overhead.</p>{_results(found)}"
+        f"{left_out}<h2>Samples and kept tokens</h2>{_pictures(found)}</html>"
     )
     temporary = file.with_suffix(".tmp")
     temporary.write_text(page)
