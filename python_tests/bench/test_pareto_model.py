@@ -325,6 +325,13 @@ def test_an_artefact_of_another_model_is_refused_before_any_picture(folder, tmp_
         sweep(artefact=str(tmp_path / "other"))
 
 
+def test_without_torchmetrics_no_picture_is_made(folder, monkeypatch, capsys):
+    monkeypatch.setattr(ModelStudy, "generate", lambda *_: pytest.fail("a picture was made"))
+    monkeypatch.setitem(sys.modules, "torchmetrics.functional.image", None)
+    assert main(["bench", "pareto", "--model", str(folder / "model")]) == 1
+    assert "pip install 'shiva_ext[eval]'" in capsys.readouterr().err
+
+
 def test_options_of_a_checkpoint_want_a_checkpoint(capsys):
     assert main(["bench", "pareto", "--steps", "4"]) == 1
     assert "--steps is for one's own checkpoint; give --model" in capsys.readouterr().err

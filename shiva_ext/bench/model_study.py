@@ -116,7 +116,7 @@ class ModelStudy:
         # Pipelines that tell whether they guide are asked; PixArt's and others do not.
         told = hasattr(type(self.pipe), "do_classifier_free_guidance") or not self.adapter.guides_in_batch
         scale = self.guidance if self.guidance is not None else getattr(known.get("guidance_scale"), "default", 1)
-        self.guided = None if told else scale > 1
+        self.guided = None if told else (scale or 1) > 1
         self._artefact = None if self.artefact is None else _digest(self.artefact)
         self.pipe.set_progress_bar_config(disable=True)
 

@@ -127,21 +127,23 @@ def _results(found: list[dict]) -> str:
     by_time = points(found, "time")
     best, tied = {p.name for p in front(by_time)}, {p.name for p in ties(by_time)}
     dense = next(cell for cell in found if cell["name"] == REFERENCE)
-    measured = _measured(dense)
-    head = ("", "speed-up", "by operations", "time beyond operations", *measured, "PSNR", "SSIM", "front")
+    names = list(_measured(dense))
+    head = ("", *names[:1], "speed-up", "by operations", "time beyond operations", *names[1:], "PSNR", "SSIM", "front")
     rows = [_row(head, "th")]
     for cell in found:
         counted = dense["gflops"] / cell["gflops"]
         speed_up = 1.0 if cell is dense else cell["speed_up"]
         low, high = cell["speed_up_range"]
+        values = list(_measured(cell).values())
         rows.append(
             _row(
                 (
                     html.escape(cell["name"]),
+                    *values[:1],
                     "1" if cell is dense else f"{speed_up:.2f} ({low:.2f} to {high:.2f})",
                     f"{counted:.2f}",
                     f"{1 - speed_up / counted:.0%}",
-                    *_measured(cell).values(),
+                    *values[1:],
                     _number(cell["psnr"], ".1f"),
                     _number(cell["ssim"], ".3f"),
                     "on it" if cell["name"] in best else "tie" if cell["name"] in tied else "",
@@ -201,7 +203,7 @@ def write_page(content: dict, file: Path) -> None:
         f"{content['steps']} Euler steps unless named, guidance {content['guidance']:g}"
     )
     left_out = "".join(f"<li>{html.escape(f'{name}: {why}')}</li>" for name, why in content.get("skipped", {}).items())
-    left_out = left_out and f"<p>Left out, as the model refused them:</p><ul>{left_out}</ul>"
+    left_out = left_out and f"<p>Left out:</p><ul>{left_out}</ul>"
     page = (
         '<!doctype html><html lang="en"><meta charset="utf-8"><title>Methods side by side</title>'
         f"<style>{STYLE}body{{max-width:75rem}}</style><h1>Methods side by side</h1>"
