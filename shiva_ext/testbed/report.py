@@ -18,6 +18,7 @@ from torch.utils.flop_counter import FlopCounterMode
 from tqdm import tqdm
 
 from ..evaluation.flops import sd3_forward_flops
+from ..evaluation.image_metric import fingerprint
 from ..evaluation.metrics import ForegroundRecall, class_accuracy, frechet_distance, gaussian, precision_recall, psnr
 from .beds import get_testbed
 from .figures import draw_grid, draw_report, kept_share, print_table
@@ -27,15 +28,6 @@ from .sampling import STEPS, generate
 # Part of every cache key: raise it when a change of the code below changes what a finished row would hold.
 VERSION = 2
 SHOWN = 6  # images whose kept tokens are drawn
-
-
-def fingerprint(folder: str | os.PathLike) -> str:
-    """SHA-256 over the names and bytes of a folder's files: a retrained artefact is another artefact."""
-    digest = hashlib.sha256()
-    for file in sorted(path for path in Path(folder).rglob("*") if path.is_file()):
-        digest.update(f"{file.relative_to(folder).as_posix()}\0{file.stat().st_size}\0".encode())
-        digest.update(file.read_bytes())
-    return digest.hexdigest()
 
 
 def _write(file: Path, text: str) -> None:
