@@ -22,6 +22,7 @@ class Summary:
         dense_flops: the same for the dense model.
         hooked: hooked layers.
         wrapped: why hooked blocks do not run in their fused form, by layer; empty if all do.
+        note: what the numbers do not say, if anything.
         op_shares: share of the time that each of the package's ops took, if a run was measured, else None.
     """
 
@@ -33,6 +34,7 @@ class Summary:
     hooked: int
     wrapped: dict[int, str] = field(default_factory=dict)
     op_shares: dict[str, float] | None = None
+    note: str = ""
 
     @property
     def mean_ratio(self) -> float:
@@ -61,6 +63,7 @@ class Summary:
             f"mean ratio {self.mean_ratio:.3f}, {sum(self.flops) / len(self.flops) / 1e9:.3f} of "
             f"{self.dense_flops / 1e9:.3f} GFLOPs a step ({self.flop_speedup:.2f}x), "
             f"{len(set(self.kept))} different sets of token counts",
+            *([self.note] if self.note else []),
             self._fused(),
             "sigma  " + " ".join(f"L{layer:<4}" for layer in layers),
         ]
@@ -147,4 +150,5 @@ def summary(
         handle.num_hooked,
         hooks.wrapped_blocks(handle.transformer, state),
         shares,
+        getattr(state.method, "note", ""),
     )

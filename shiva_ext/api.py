@@ -72,6 +72,11 @@ class Handle:
         """
         if not self.state.quota:
             raise RuntimeError("shiva_ext: an export is of one noise level's token counts; call handle.at(sigma) first")
+        if getattr(self.state.selector, "weights", None) is not None:
+            raise RuntimeError(
+                f"shiva_ext: {type(self.state.method).__name__} cannot be exported; export the dense model, or a "
+                "selection of Shiva's"
+            )
         router = getattr(self.state.selector, "router", None)
         try:
             if router is not None:

@@ -39,6 +39,7 @@ class TransformerHook(ModelHook):
         state.conditioning = state.adapter.conditioning(module, arguments)
         state.guided = state.adapter.batched_guidance(arguments, state.batched_guidance)
         state.chosen, state.scratch = {}, {}
+        state.skipped = tuple(arguments.get("skip_layers") or ())
         state.grid = state.adapter.grid(module, arguments) if state.wants_grid else None
         try:
             if not compiling:
@@ -51,6 +52,8 @@ class TransformerHook(ModelHook):
             return self._forward(*args, **kwargs)
         finally:
             state.conditioning, state.chosen = None, {}
+            if state.trainer is None:  # a training call is looked at afterwards
+                state.scratch = {}
 
     def _forward(self, *args, **kwargs):
         """The transformer's own forward, in its place in the run for those that have a memory of it."""
@@ -181,6 +184,10 @@ def block_call(
             state.entry["kept"][layer] = leaders.detach().cpu()
             state.entry["sites"][layer] = sites
 
+    weights = getattr(state.selector, "weights", None)
+    first = None if weights is None else next(weights.parameters(), None)
+    if first is not None and first.device != x.device:
+        weights.to(x.device)  # the model was moved, or is offloaded between calls
     return BlockCall(
         layer=layer,
         kind=kind,
@@ -196,8 +203,9 @@ def block_call(
         replaced=state.adapter.with_image_tokens,
         record=record,
         conditioning=state.conditioning,
-        weights=getattr(state.selector, "weights", None),
+        weights=weights,
         scratch=state.scratch,
+        skipped=state.skipped,
         training=training,
     )
 

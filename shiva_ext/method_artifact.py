@@ -34,7 +34,17 @@ class MethodArtifact:
     metadata: dict = field(default_factory=dict)
 
     def with_settings(self, **settings) -> "MethodArtifact":
-        """The same weights under other settings, such as ``shift`` of DiffCR or ``threshold`` of DyDiT."""
+        """The same weights under other settings, such as ``shift`` of DiffCR or ``threshold`` of DyDiT.
+
+        Raises:
+            ValueError: a setting changes nothing any more: it was for the training.
+        """
+        idle = [name for name in settings if name in self.method.training_only]
+        if idle:
+            raise ValueError(
+                f"shiva_ext: {idle[0]} of {type(self.method).__name__} is a setting of its training and changes "
+                "nothing afterwards; train it anew for another value"
+            )
         return replace(self, method=replace(self.method, **settings))
 
     def source(self, transformer: nn.Module) -> MethodSource:
@@ -49,9 +59,11 @@ class MethodArtifact:
                 f"shiva_ext: the {type(self.method).__name__} artefact was trained for {self.model_class}, the model "
                 f"is a {type(transformer).__name__}; enable it on that model, or train one for this"
             )
-        weights = self.method.build(adapter, transformer)
+        with torch.random.fork_rng(devices=[]):  # fresh weights are drawn, and then replaced
+            weights = self.method.build(adapter, transformer)
         try:
-            weights.load_state_dict(self.tensors)
+            # Assigned: what is built from the weights of an offloaded model has no values to copy into.
+            weights.load_state_dict({name: value.clone() for name, value in self.tensors.items()}, assign=True)
         except RuntimeError as error:
             raise ValueError(
                 f"shiva_ext: the {type(self.method).__name__} artefact was trained for a {self.model_class} of another "
@@ -60,8 +72,9 @@ class MethodArtifact:
         device = next(transformer.parameters()).device
         if device.type != "meta":  # weights of an offloaded model
             weights.to(device)
-        num_layers = adapter.dims(transformer)["num_layers"]
-        return MethodSource(self.method, num_layers, weights.eval().requires_grad_(False), self.adapter)
+        weights.eval().requires_grad_(False)
+        self.method.prepare(weights)
+        return MethodSource(self.method, adapter.dims(transformer)["num_layers"], weights, self.adapter)
 
     def save(self, folder: str | os.PathLike) -> Path:
         """Write the artefact with its adapter folder; config and weights appear whole or not at all."""

@@ -48,6 +48,7 @@ class SelectionState:
         grid: height and width of this call's image in tokens, where a method wants them.
         plan: what a block's modules merge or run instead while it runs, by site.
         scratch: what a method's blocks leave for each other in one call.
+        skipped: layers that this call leaves out: skip-layer guidance.
         reconstruct: what rejected tokens get, see :mod:`shiva_ext.reconstruct`.
         chosen: for groups of layers that select together, the first of them and its indices [B,k].
         records: per call while recording, ``{"timestep", "kept": {layer: [B,k]}, "sites": {layer: names}}``; a method
@@ -67,6 +68,7 @@ class SelectionState:
         self.reconstruct = reconstruct
         self.method: Method | None = getattr(selector, "method", None)
         self.memory, self.plan, self.scratch = RunMemory(), {}, {}
+        self.skipped: tuple[int, ...] = ()
         self.grid: tuple[int, int] | None = None
         self.wrapped: dict[int, str] = {}
         self.tile, self.batched_guidance = tile, batched_guidance
@@ -112,7 +114,7 @@ class SelectionState:
     @property
     def wants_grid(self) -> bool:
         """Whether rows and columns of the image matter."""
-        return self.method is not None or self.reconstruct in (NEAREST, COARSE)
+        return (self.method is not None and self.method.needs_grid) or self.reconstruct in (NEAREST, COARSE)
 
     def read_sigma(self, timestep: Tensor) -> None:
         """Take the noise level from a call's timesteps [B], unless they are those of the announced level."""

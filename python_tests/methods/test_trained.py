@@ -1,19 +1,21 @@
 """DiffCR, DyDiT and SparseDiT: the published rules, with weights that were not trained."""
 
+import contextlib
 from dataclasses import replace
 
 import pytest
 import torch
+from diffusers.models.embeddings import get_2d_sincos_pos_embed
 from models import families
 from models import test_pixart as pixart
 from models.families import build_dit
 from models.test_flux import make_model as make_flux
 from models.tiny import LAYERS, N, make_inputs, make_model
+from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
 import shiva_ext
 from shiva_ext import MethodArtifact, hooks
-from shiva_ext.artifact import MethodSource
 from shiva_ext.methods import TRAINED, DiffCR, DyDiT, SparseDiT
 from shiva_ext.methods.sparsedit import default_roles
 from shiva_ext.models import adapter_for
@@ -210,6 +212,8 @@ def _closing(model, **settings):
     artifact = fresh(DyDiT(groups=8, **settings), model)
     generator = torch.Generator().manual_seed(7)
     for name, value in artifact.tensors.items():
+        if not value.is_floating_point():
+            continue  # the order of heads and channels
         wide = 3.0 if name.endswith("weight") else 0.0
         artifact.tensors[name] = wide * torch.randn(value.shape, generator=generator)
     return artifact
@@ -229,14 +233,32 @@ def test_dydit_sliced_is_dydit_masked(monkeypatch):
 
 
 def test_dydit_counts_what_runs():
-    """Its own share of operations is that of torch's counter on the attention and MLP of image tokens."""
-    model = make_model(num_layers=2, num_attention_heads=4, attention_head_dim=16, caption_projection_dim=64)
-    artifact = _closing(model)
-    with FlopCounterMode(display=False) as dense:
-        output(model)
-    with FlopCounterMode(display=False) as pruned:
-        output(model, artifact)
-    assert pruned.get_total_flops() < 0.95 * dense.get_total_flops()
+    """Its own share of operations is that of torch's counter, for what it counts: blocks without text."""
+    model = build_dit(num_layers=3, num_attention_heads=4, attention_head_dim=16)
+    inputs = families.dit_inputs(model)
+    artifact = changed(_closing(model), up__weight=0.0, up__bias=50.0)  # all tokens; heads and channels half closed
+    blocks = adapter_for(model).blocks(model)
+    counts = []
+    for source in (None, artifact):
+        with contextlib.nullcontext() if source is None else shiva_ext.enable(model, source):
+            counter = FlopCounterMode(display=False, mods=list(blocks))
+            with torch.no_grad(), counter, sdpa_kernel(SDPBackend.MATH):
+                model(**inputs)
+            table = counter.get_flop_counts()
+            names = [n for n in table if n.endswith((".attn1", ".ff"))]
+            counts.append(sum(sum(table[name].values()) for name in names))
+    source = artifact.source(model)
+    state = hooks.SelectionState(source, adapter_for(model))
+    hooks.attach(model, state)
+    state.at(0.5, fixed=True)
+    state.trainer = MethodPass(state)
+    with torch.no_grad(), pytest.MonkeyPatch.context() as patch:
+        patch.setattr(DyDiT, "gate", lambda self, logits, training: (torch.sigmoid(logits) > 0.5).float())
+        model(**inputs)
+    hooks.detach(model)
+    dynamic, static = (sum(each[i] for each in state.scratch["flops"].values()) for i in (0, 1))
+    assert 0.2 < dynamic[0] / static < 0.9
+    assert counts[1] / counts[0] == pytest.approx(float(dynamic[0] / static), rel=1e-3)
 
 
 def test_dydit_leaves_alone_what_its_gates_say():
@@ -244,7 +266,7 @@ def test_dydit_leaves_alone_what_its_gates_say():
     model = make_model(num_layers=2, num_attention_heads=4, attention_head_dim=16, caption_projection_dim=64)
     artifact = changed(fresh(DyDiT(groups=8), model), heads__bias=-50.0, channels__bias=-50.0, up__bias=-50.0)
     source = artifact.source(model)
-    seen, source, state = block_io(model, artifact, 1)
+    seen, source, state = block_io(model, artifact, 1, training=True)  # -50 is never drawn open
     before, after, _ = seen["io"]
     assert (after != before).any()  # one head is left
     dynamic, static = state.scratch["flops"][1]
@@ -477,7 +499,55 @@ def test_strength_can_be_changed_without_training():
     assert counts == [8, 12, 15]
 
 
-def test_a_source_of_a_trained_method_is_not_compiled_wrongly():
+@pytest.mark.parametrize(("name", "setting"), [("diffcr", "budget"), ("dydit", "tau"), ("sparsedit", "regions")])
+def test_settings_of_the_training_cannot_be_changed_afterwards(name, setting):
+    found = fresh(METHODS[name], make_model(**SIX))
+    with pytest.raises(ValueError, match=f"{setting} of .* is a setting of its training"):
+        found.with_settings(**{setting: 0.5})
+
+
+def test_summary_says_where_its_numbers_are_bounds():
     model = make_model(**SIX)
-    source = fresh(SparseDiT(roles=ROLES), model).source(model)
-    assert isinstance(source, MethodSource) and source.weights is not None
+    with shiva_ext.enable(model, fresh(METHODS["dydit"], model)):
+        found = shiva_ext.summary(model)
+        assert "at least" in str(found) and "DyDiT" in found.note
+    with shiva_ext.enable(model, fresh(METHODS["diffcr"], model)):
+        assert shiva_ext.summary(model).note == ""
+
+
+def test_sparsedit_says_what_it_cannot_reach():
+    model = make_model(**SIX)
+    adapter = adapter_for(model)
+    for budget in (0.6, 0.8):
+        method = SparseDiT.for_budget(budget, adapter, model)
+        grid = [method.rate(i / 1000) for i in range(1000)]
+        assert 1 - sum(grid) / 1000 * 3 / 6 == pytest.approx(budget, abs=0.02)
+    with pytest.raises(ValueError, match="no less than 0.55"):
+        SparseDiT.for_budget(0.5, adapter, model)
+
+
+def test_sparsedit_refuses_a_first_layer_inside_a_stretch():
+    model = make_model(**SIX)
+    with pytest.raises(ValueError, match="inside the stretch of blocks 1 to 4"):
+        SparseDiT(first_layer=2).build(adapter_for(model), model)
+
+
+def test_sparsedit_recovery_by_hand():
+    """W1 of the spread coarse tokens, W2 of the fine ones, positions; then the block with the coarse ones as keys."""
+    model = make_model(**SIX)
+    artifact = fresh(SparseDiT(high=0.75, low=0.75, roles=ROLES), model)
+    torch.manual_seed(6)
+    for name in ("sparse.4.weight", "dense.4.weight", "position.4"):
+        artifact.tensors[name] = torch.randn(artifact.tensors[name].shape) / 8
+    coarse = block_io(model, artifact, 4)[0]["io"][0]
+    fine = block_io(model, artifact, 1)[0]["io"][0]
+    seen = {}
+    norm = model.transformer_blocks[4].norm1
+    handle = norm.register_forward_pre_hook(lambda module, args: seen.update(x=args[0]))
+    block_io(model, artifact, 4)
+    handle.remove()
+    spread = coarse.view(2, 2, 1, 2, 1, -1).expand(2, 2, 2, 2, 2, -1).flatten(1, 4)
+    table = get_2d_sincos_pos_embed(128, (4, 4), base_size=4, output_type="pt")
+    wanted = spread @ artifact.tensors["sparse.4.weight"].T + fine @ artifact.tensors["dense.4.weight"].T
+    wanted = wanted + artifact.tensors["position.4"] * table.float()
+    torch.testing.assert_close(seen["x"], torch.cat([wanted, coarse], dim=1), rtol=1e-4, atol=1e-5)

@@ -1,10 +1,13 @@
 """Training the other methods: the loop is Shiva's, the weights and the loss are theirs."""
 
+import os
 from dataclasses import replace
 from functools import partial
 
 import pytest
 import torch
+import torch.distributed as dist
+import torch.multiprocessing as mp
 from models.test_pixart import make_model as build_pixart
 
 import shiva_ext
@@ -15,12 +18,14 @@ from shiva_ext.training.method_trainer import MethodTrainer
 from shiva_ext.training.objectives import objective_for
 
 from .runs import CONFIG, losses, next_batch, tiny_model
+from .test_processes import free_port
 from .test_recipes import CASES
 
 SETTINGS = {
     "diffcr": DiffCR(budget=0.5, regions=2),
     "dydit": DyDiT(budget=0.5, groups=4, width_bias=0.5, token_bias=0.5, ramp=0.0),
-    "sparsedit": SparseDiT(high=0.75, low=0.4, roles=("generate", "sparse", "recover")),
+    # At the lowest noise levels the coarse grid is the image's own, and recovery's weights are not used.
+    "sparsedit": SparseDiT(high=0.75, low=0.2, roles=("generate", "sparse", "recover")),
 }
 
 
@@ -78,6 +83,44 @@ def test_a_stopped_run_goes_on_as_if_nothing_had_happened(name, tmp_path):
     assert losses(rest)[-1] == losses(whole)[-1]
     for key, value in whole.weights.state_dict().items():
         assert torch.equal(value, rest.weights.state_dict()[key]), key
+
+
+def test_a_run_is_not_resumed_with_other_settings_of_the_method(tmp_path):
+    trainer = make_trainer("diffcr")
+    trainer.run_stage("joint", 3, checkpoints=tmp_path)
+    trainer.close()
+    other = MethodTrainer(tiny_model(), trainer.config, next_batch, replace(SETTINGS["diffcr"], ratio_weight=9.0))
+    with pytest.raises(ValueError, match="DiffCR.ratio_weight 0.3 \\(now 9.0\\)"):
+        other.run(tmp_path, resume=True)
+
+
+def worker(rank: int, world: int, port: int, folder: str, name: str) -> None:
+    os.environ |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port), "GLOO_SOCKET_IFNAME": "lo"}
+    torch.set_num_threads(1)
+    dist.init_process_group("gloo", rank=rank, world_size=world)
+    trainer = make_trainer(name)
+    trainer.run()
+    torch.save({"weights": trainer.weights.state_dict(), "history": losses(trainer)}, f"{folder}/{rank}.pt")
+    dist.destroy_process_group()
+
+
+@pytest.mark.parametrize("name", TRAINED)
+def test_two_processes_give_the_losses_of_one(name, tmp_path):
+    """Each has micro-batches of its own region, and may use weights that the other does not."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    try:
+        trainer = make_trainer(name)
+        trainer.run()
+    finally:
+        torch.set_num_threads(threads)
+    mp.start_processes(worker, (2, free_port(), str(tmp_path), name), nprocs=2, start_method="spawn")
+    results = [torch.load(tmp_path / f"{rank}.pt", weights_only=True) for rank in range(2)]
+    for result in results:
+        for got, entry in zip(result["history"], losses(trainer), strict=True):
+            assert all(abs(got[key] - entry[key]) <= 2e-5 for key in entry if key != "stage"), (got, entry)
+    for key, value in results[0]["weights"].items():
+        assert torch.equal(value, results[1]["weights"][key]), key
 
 
 @pytest.mark.parametrize("name", TRAINED)

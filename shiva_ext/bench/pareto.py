@@ -111,7 +111,8 @@ def measure(study: Study, row: Row) -> dict:
     real, resampled = study.bed.statistics, []
     for seed in range(study.seeds):
         features = study.bed.measure(study.images(row, seed))[0]
-        resampled.append(bootstrap_distances(features, real["mean"], real["covariance"]))
+        labels = study.bed.labels(study.samples)
+        resampled.append(bootstrap_distances(features, real["mean"], real["covariance"], seed=seed, labels=labels))
     draws = [statistics.fmean(each) for each in zip(*resampled, strict=True)]
     cell["fid_seeds"] = [study.sample(row, seed)["fid"] for seed in range(study.seeds)]
     cell["fid"] = statistics.fmean(cell["fid_seeds"])
@@ -177,7 +178,7 @@ def run(
     file = Path(out) / ("pareto.json" if testbed == "fashion" else f"pareto_{testbed}.json")
     content = _read(file)
     wanted = [row for row in rows if not methods or row.group in methods or row.group == "dense"]
-    done = {name for name, cell in content["cells"].items() if len(cell.get("fid_seeds", [0])) >= seeds}
+    done = {name for name, cell in content["cells"].items() if len(cell.get("fid_seeds", [])) >= seeds}
     missing = [row for row in wanted if key(study, row) not in done]
     for row in missing:
         for seed in range(seeds):
@@ -187,7 +188,8 @@ def run(
         _write(file, content)
     keys = [key(study, row) for row in rows if key(study, row) in content["cells"]]
     content = {
-        "command": f"shiva bench pareto --testbed {testbed} --samples {samples}",
+        "command": f"shiva bench pareto --testbed {testbed} --samples {samples}"
+        + (f" --seeds {seeds}" if seeds > 1 else ""),
         "testbed": testbed,
         "samples": samples,
         "steps": STEPS,

@@ -173,7 +173,12 @@ def ssim(images: torch.Tensor, reference: torch.Tensor) -> torch.Tensor:
 
 
 def bootstrap_distances(
-    features: torch.Tensor, mean: torch.Tensor, covariance: torch.Tensor, draws: int = 100, seed: int = 0
+    features: torch.Tensor,
+    mean: torch.Tensor,
+    covariance: torch.Tensor,
+    draws: int = 100,
+    seed: int = 0,
+    labels: torch.Tensor | None = None,
 ) -> list[float]:
     """:func:`frechet_distance` to a Gaussian for resamples of the samples.
 
@@ -186,12 +191,16 @@ def bootstrap_distances(
         mean, covariance: of the other distribution.
         draws: resamples of M.
         seed: of the resampling.
+        labels: int64 [M], what was asked for. Samples are then drawn among those of the same label: how many there are
+            of each was no chance.
     """
     generator = torch.Generator().manual_seed(seed)
+    labels = torch.zeros(len(features), dtype=torch.int64) if labels is None else labels
+    strata = [torch.nonzero(labels == label)[:, 0] for label in labels.unique()]
     found = []
     for _ in range(draws):
-        some = features[torch.randint(len(features), (len(features),), generator=generator)]
-        found.append(frechet_distance(*gaussian(some), mean, covariance))
+        rows = torch.cat([own[torch.randint(len(own), (len(own),), generator=generator)] for own in strata])
+        found.append(frechet_distance(*gaussian(features[rows]), mean, covariance))
     return found
 
 

@@ -50,7 +50,7 @@ class BlockCall:
         x: [B,N,D], image tokens at its entry.
         sigma: noise level in [0, 1].
         progress: share of the run's steps that are done, in [0, 1); from the noise level where no scheduler tells.
-        grid: height and width of the image in tokens.
+        grid: height and width of the image in tokens; None where the method does without.
         guided: whether the batch is (unconditional, conditional).
         memory: of the run.
         run: ``run(tokens, kept)``: the block itself on these tokens, see :meth:`ModelAdapter.call`.
@@ -62,6 +62,7 @@ class BlockCall:
         weights: of a method that is trained, else None.
         scratch: a dict for this call of the transformer, shared by its blocks.
         training: whether gradients are wanted.
+        skipped: layers that do not run in this call.
     """
 
     layer: int
@@ -69,7 +70,7 @@ class BlockCall:
     x: Tensor
     sigma: float
     progress: float
-    grid: tuple[int, int]
+    grid: tuple[int, int] | None
     guided: bool
     memory: RunMemory
     run: Callable
@@ -81,6 +82,7 @@ class BlockCall:
     weights: nn.Module | None = None
     scratch: dict = field(default_factory=dict)
     training: bool = False
+    skipped: tuple[int, ...] = ()
 
     def dense(self):
         """The block on all its tokens."""
@@ -122,9 +124,10 @@ class Method(ABC):
         first_layer: blocks before it stay dense.
         sites: where tokens are merged: "attention", "mlp", or "block" for both with one merge at the entry.
         stateful: whether it carries tensors from step to step, so that its model cannot be compiled.
+        needs_grid: whether rows and columns of the image matter to it.
     """
 
-    stateful = True
+    stateful = needs_grid = True
 
     first_layer: int
     sites: tuple[str, ...]

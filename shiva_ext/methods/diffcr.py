@@ -29,6 +29,11 @@ class DiffCRWeights(nn.Module):
             nn.init.normal_(router.weight, std=0.02)
             nn.init.constant_(router.bias, bias)
         self.keep = nn.Parameter(torch.ones(num_layers, regions))
+        self._learned: list[list[float]] | None = None
+
+    def learned(self, layer: int, region: int) -> float:
+        """A keep ratio as a Python number; after training no GPU is asked for it."""
+        return float(self.keep[layer, region]) if self._learned is None else self._learned[layer][region]
 
 
 @dataclass(frozen=True)
@@ -58,7 +63,8 @@ class DiffCR(TrainedMethod):
     shift: float = 0.0
     first_layer: int = 0
 
-    sites = (BLOCK,)
+    sites, needs_grid = (BLOCK,), False
+    training_only = ("budget", "ratio_weight", "bias")
 
     def __post_init__(self):
         if not (0.1 <= self.lowest <= self.budget <= 1):
@@ -78,6 +84,9 @@ class DiffCR(TrainedMethod):
         dims = adapter.dims(transformer)
         return DiffCRWeights(dims["num_layers"], dims["dim"], self.regions, self.bias)
 
+    def prepare(self, weights: DiffCRWeights) -> None:
+        weights._learned = weights.keep.tolist()
+
     def schedule_weights(self, weights: DiffCRWeights) -> list[nn.Parameter]:
         return [weights.keep]
 
@@ -94,7 +103,7 @@ class DiffCR(TrainedMethod):
 
     def nearest_bin(self, weights: DiffCRWeights, layer: int, sigma: float) -> float:
         """The share that a layer keeps after training."""
-        keep = float(weights.keep[layer, self.region(sigma)]) + self.shift
+        keep = weights.learned(layer, self.region(sigma)) + self.shift
         return min(max(round(keep * _BIN), math.ceil(self.lowest * _BIN)), _BIN) / _BIN
 
     def count(self, N: int, share: float) -> int:

@@ -3,7 +3,7 @@
 import torch
 from diffusers.models.activations import GELU
 from diffusers.models.attention import FeedForward
-from diffusers.models.attention_processor import Attention
+from diffusers.models.attention_processor import Attention, AttnProcessor2_0, JointAttnProcessor2_0
 from torch import Tensor, nn
 from torch.nn import functional as F
 
@@ -19,6 +19,8 @@ def check_parts(method: str, adapter, transformer: nn.Module) -> None:
         fits = all(type(each) is Attention for each in sites.get("attention", ())) and all(
             type(each) is FeedForward and type(each.net[0]) is GELU for each in sites.get("mlp", ())
         )
+        if fits and getattr(block, "_chunk_size", None) is not None:
+            raise ValueError(f"shiva_ext: {method} runs the MLP itself; turn forward chunking off")
         if not (sites.get("attention") and sites.get("mlp") and sites.get("mlp_norm")) or not fits:
             raise TypeError(
                 f"shiva_ext: {method} reaches into attention and MLP, and knows those of SD3, DiT and PixArt; "
@@ -26,11 +28,35 @@ def check_parts(method: str, adapter, transformer: nn.Module) -> None:
             )
 
 
+def check_processor(attn: Attention) -> None:
+    """Refuse an attention that does something else than what :func:`attention` restates.
+
+    Raises:
+        TypeError: a processor of another kind was set.
+    """
+    if type(attn.processor) not in (AttnProcessor2_0, JointAttnProcessor2_0):
+        raise TypeError(
+            f"shiva_ext: an attention has the processor {type(attn.processor).__name__}, which the method would pass "
+            "by; wanted diffusers' own, AttnProcessor2_0 or JointAttnProcessor2_0"
+        )
+
+
+def _plain(layer: nn.Module, x: Tensor) -> bool:
+    """Whether a part of a layer's weight can be multiplied by itself.
+
+    Not with a LoRA or a quantised weight, nor where a hook brings the weight or casts it as the layer is called.
+    """
+    weight = getattr(layer, "weight", None)
+    hooked = hasattr(layer, "_hf_hook") or hasattr(layer, "_diffusers_hook")
+    known = type(layer) is nn.Linear and type(weight) in (nn.Parameter, Tensor) and not hooked
+    return known and weight.dtype == x.dtype and weight.device == x.device
+
+
 def _linear(layer: nn.Module, x: Tensor, rows: Tensor | None = None) -> Tensor:
     """A linear layer, or only these of its outputs."""
     if rows is None:
         return layer(x)
-    if type(layer) is not nn.Linear:  # with a LoRA, or quantised: its weight alone is not what it computes
+    if not _plain(layer, x):
         return layer(x)[..., rows]
     return F.linear(x, layer.weight[rows], None if layer.bias is None else layer.bias[rows])
 
@@ -39,7 +65,7 @@ def _onto(layer: nn.Module, x: Tensor, columns: Tensor | None = None) -> Tensor:
     """A linear layer whose input is x, or these channels of its input."""
     if columns is None:
         return layer(x)
-    if type(layer) is not nn.Linear:
+    if not _plain(layer, x):
         return layer(x.new_zeros(*x.shape[:-1], layer.in_features).index_copy(-1, columns, x))
     return F.linear(x, layer.weight[:, columns], layer.bias)
 
@@ -68,11 +94,12 @@ def attention(
         text: [B,T,D], text tokens that ask and are asked, in joint attention.
         keys: [B,N,D], image tokens that are asked; by default x.
         mask: [B,H], factor of each head's output.
-        heads: int64 [h], ascending: the heads to compute; the others give nothing, and none of their weights are read.
+        heads: int64 [h]: the heads to compute; the others give nothing, and none of their weights are read.
 
     Returns:
         as the attention itself: [B,M,D], and with text a pair of it and the text's output.
     """
+    check_processor(attn)
     keys = x if keys is None else keys
     size = attn.to_q.out_features // attn.heads
     rows = channels_of(heads, size)
@@ -99,10 +126,10 @@ def attention(
 
 def mean_attention(attn: Attention, x: Tensor, text: Tensor | None = None):
     """Attention without queries and keys: every token gets the mean of all values. Else as :func:`attention`."""
-    total, count = attn.to_v(x).sum(dim=1, keepdim=True), x.shape[1]
-    if text is not None:
-        total, count = total + attn.add_v_proj(text).sum(dim=1, keepdim=True), count + text.shape[1]
-    mean = total / count
+    check_processor(attn)
+    values = [attn.to_v(x)] if text is None else [attn.to_v(x), attn.add_v_proj(text)]
+    # In half precision a sum over thousands of tokens can overflow.
+    mean = torch.cat(values, dim=1).mean(dim=1, keepdim=True, dtype=torch.float32).to(values[0].dtype)
     image = attn.to_out[0](mean).expand(-1, x.shape[1], -1)
     if text is None:
         return image
@@ -110,20 +137,16 @@ def mean_attention(attn: Attention, x: Tensor, text: Tensor | None = None):
     return image, rest.expand(-1, text.shape[1], -1)
 
 
-def feed_forward(
-    ff: FeedForward, x: Tensor, *, mask: Tensor | None = None, groups: Tensor | None = None, size: int = 1
-):
+def feed_forward(ff: FeedForward, x: Tensor, *, mask: Tensor | None = None, columns: Tensor | None = None) -> Tensor:
     """A diffusers MLP on some of its hidden channels.
 
     Args:
         ff: with a GELU.
         x: [...,D].
-        mask: broadcastable to the hidden channels [...,hidden], multiplies them.
-        groups: int64 [g], ascending: the groups of hidden channels to compute.
-        size: channels of a group.
+        mask: broadcastable to the hidden channels [...,hidden], multiplies them before the GELU.
+        columns: int64 [h], the hidden channels to compute.
     """
-    columns = channels_of(groups, size)
-    hidden = F.gelu(_linear(ff.net[0].proj, x, columns), approximate=ff.net[0].approximate)
+    hidden = _linear(ff.net[0].proj, x, columns)
     if mask is not None:
         hidden = hidden * mask.to(hidden.dtype)
-    return _onto(ff.net[2], hidden, columns)
+    return _onto(ff.net[2], F.gelu(hidden, approximate=ff.net[0].approximate), columns)

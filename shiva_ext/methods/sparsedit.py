@@ -1,6 +1,7 @@
 """SparseDiT: blocks that only average, stretches of blocks on a pooled image, and blocks that bring the rest back."""
 
 from dataclasses import dataclass
+from functools import lru_cache
 
 import torch
 from diffusers.models.embeddings import get_2d_sincos_pos_embed
@@ -51,8 +52,17 @@ class SparseWeights(nn.Module):
         for i in recover:
             nn.init.zeros_(self.sparse[i].weight)
             nn.init.eye_(self.dense[i].weight)
+        self.stretches: list[range] = []
+        for i, role in enumerate(roles):
+            if role == RECOVER:
+                start = max(j for j in range(i) if roles[j] == GENERATE)
+                self.stretches.append(range(start, i + 1))
         changes = [str(i) for i, role in enumerate(roles) if role in (GENERATE, RECOVER)]
         self.position = nn.ParameterDict({i: nn.Parameter(torch.zeros(())) for i in changes})
+
+    def stretch(self, layer: int) -> range | None:
+        """The blocks from "generate" to "recover" that a layer is among."""
+        return next((each for each in self.stretches if layer in each), None)
 
 
 @dataclass(frozen=True)
@@ -79,6 +89,7 @@ class SparseDiT(TrainedMethod):
     first_layer: int = 0
 
     sites = (ATTENTION, MLP)
+    training_only = ("regions",)
 
     def __post_init__(self):
         if not 0 <= self.low <= self.high < 1:
@@ -102,8 +113,13 @@ class SparseDiT(TrainedMethod):
     def for_budget(cls, budget: float, adapter: ModelAdapter, transformer: nn.Module) -> "SparseDiT":
         roles = default_roles(adapter.dims(transformer)["num_layers"])
         # The mean over the sampling is high - 3/8 (high - low); the blocks that run on the coarse grid carry it all.
-        share = (1 - budget) * len(roles) / sum(role in (GENERATE, SPARSE) for role in roles)
-        middle = min(share, 0.9)
+        possible = sum(role in (GENERATE, SPARSE) for role in roles) / len(roles)
+        middle = (1 - budget) / possible
+        if middle > 0.9:
+            raise ValueError(
+                f"SparseDiT: budget is {budget}, but {len(roles)} blocks with their usual roles come down to no less "
+                f"than {1 - 0.9 * possible:.2f}; give other roles, or a larger budget"
+            )
         return cls(high=min(middle + 0.09, 0.95), low=max(middle - 0.15, 0.0), roles=roles)
 
     def build(self, adapter: ModelAdapter, transformer: nn.Module) -> SparseWeights:
@@ -113,7 +129,14 @@ class SparseDiT(TrainedMethod):
             raise ValueError(
                 f"SparseDiT: roles for {len(self.roles)} blocks, the model has {dims['num_layers']}; give roles=() "
             )
-        return SparseWeights(self.roles or default_roles(dims["num_layers"]), dims["dim"])
+        weights = SparseWeights(self.roles or default_roles(dims["num_layers"]), dims["dim"])
+        cut = [each for each in weights.stretches if each[0] < self.first_layer <= each[-1]]
+        if cut:
+            raise ValueError(
+                f"SparseDiT: first_layer is {self.first_layer}, inside the stretch of blocks {cut[0][0]} to "
+                f"{cut[0][-1]}; wanted one before or behind it"
+            )
+        return weights
 
     def rate(self, progress: float) -> float:
         """Share of the tokens that the coarse grid lacks, at a share of the sampling that is done."""
@@ -127,26 +150,28 @@ class SparseDiT(TrainedMethod):
         return max(1, round(grid[0] * side)), max(1, round(grid[1] * side))
 
     def run_block(self, call: BlockCall):
-        role = call.weights.roles[call.layer]
-        if role in (GENERATE, RECOVER) and call.grid == self.coarse_grid(call.grid, call.progress):
-            return call.dense()
+        role, stretch = call.weights.roles[call.layer], call.weights.stretch(call.layer)
+        if stretch and (
+            call.grid == self.coarse_grid(call.grid, 1 - call.sigma) or set(call.skipped) & {stretch[0], stretch[-1]}
+        ):
+            return call.dense()  # as fine as the image; or its first or last block is skipped
         if role == POOL:
             return call.with_plan({ATTENTION: lambda module, forward, x, text=None: mean_attention(module, x, text)})
         if role == GENERATE:
             return self._generate(call)
         if role == RECOVER:
-            return self._recover(call)
+            return self._recover(call, stretch[0])
         return call.run(call.x)
 
     def _generate(self, call: BlockCall):
-        coarse = self.coarse_grid(call.grid, call.progress)
-        call.scratch["fine"] = call.x
+        coarse = self.coarse_grid(call.grid, 1 - call.sigma)
+        call.scratch["fine", call.layer] = call.x
         pooled = F.adaptive_avg_pool2d(_picture(call.x, call.grid), coarse).flatten(2).transpose(1, 2)
         return _attending(call, pooled + self._position(call, coarse), call.x)
 
-    def _recover(self, call: BlockCall):
-        fine, layer = call.scratch["fine"], str(call.layer)
-        coarse = self.coarse_grid(call.grid, call.progress)
+    def _recover(self, call: BlockCall, generated: int):
+        fine, layer = call.scratch["fine", generated], str(call.layer)
+        coarse = self.coarse_grid(call.grid, 1 - call.sigma)
         spread = F.interpolate(_picture(call.x, coarse), size=call.grid, mode="nearest").flatten(2).transpose(1, 2)
         first, second = call.weights.sparse[layer].weight, call.weights.dense[layer].weight
         x = F.linear(spread, first.to(spread.dtype)) + F.linear(fine, second.to(fine.dtype))
@@ -154,14 +179,19 @@ class SparseDiT(TrainedMethod):
 
     def _position(self, call: BlockCall, grid: tuple[int, int]) -> Tensor:
         """Sines and cosines of the places of a grid's tokens, [1,M,D]."""
-        D = call.x.shape[-1]
-        table = get_2d_sincos_pos_embed(D, grid, base_size=max(call.grid), output_type="pt", device=call.x.device)
+        table = _positions(call.x.shape[-1], grid, max(call.grid)).to(call.x.device)
         return (call.weights.position[str(call.layer)] * table).to(call.x.dtype)[None]
 
     def processed(self, weights: SparseWeights, layer: int, N: int, sigma: float, progress: float) -> SiteTokens:
         side = round(N**0.5)
-        height, width = self.coarse_grid((side, side), progress)
+        height, width = self.coarse_grid((side, side), 1 - sigma)
         return SiteTokens(*[height * width if weights.roles[layer] in (GENERATE, SPARSE) else N] * 2)
+
+
+@lru_cache(maxsize=64)  # it is slow, and the same in every step of every run
+def _positions(dim: int, grid: tuple[int, int], size: int) -> Tensor:
+    """float32 [height * width, dim], for places from 0 to ``size``."""
+    return get_2d_sincos_pos_embed(dim, grid, base_size=size, output_type="pt", device=torch.device("cpu")).float()
 
 
 def _picture(x: Tensor, grid: tuple[int, int]) -> Tensor:

@@ -19,10 +19,12 @@ class TrainedMethod(Method):
     Attributes:
         regions: of a training step all samples of one call come from one of so many equal intervals of the noise level,
             for methods whose token counts depend on it; 1 lets every sample have its own.
+        training_only: settings that change nothing once it is trained.
     """
 
     stateful = False
     regions = 1
+    training_only: tuple[str, ...] = ()
 
     @classmethod
     @abstractmethod
@@ -54,6 +56,9 @@ class TrainedMethod(Method):
 
     def constrain(self, weights: nn.Module) -> None:
         """Bring weights back into their range after an update."""
+
+    def prepare(self, weights: nn.Module) -> None:  # noqa: B027
+        """The training is done: read from the weights what is wanted as Python numbers."""
 
     def schedule_weights(self, weights: nn.Module) -> list[nn.Parameter]:
         """Those that set how much is kept, which learn at the ratio policy's rate; the others at the router's."""

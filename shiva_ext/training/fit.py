@@ -15,7 +15,7 @@ from .config import FREE, TrainConfig
 from .data import find_samples
 from .display import make_display
 from .encodings import CachedSource, Encoder, EncodingCache
-from .method_trainer import MethodTrainer
+from .method_trainer import MethodTrainer, check_method
 from .objectives import objective_for
 from .recipes import recipe_for
 from .report import write_report
@@ -153,6 +153,8 @@ def _prepare(state: Accelerator, model, data, out: Path, config: TrainConfig, re
     samples = find_samples(Path(data))
     dtype = torch.bfloat16 if config.precision == "bf16" else torch.float32
     pipe = load(model, revision, dtype)
+    if config.method != "shiva":
+        check_method(pipe.transformer, config)
     recipe, objective = recipe_for(pipe.transformer), objective_for(pipe.scheduler)
     _check_resolution(pipe, recipe.latent_multiple(pipe.transformer), config.resolution)
     identity = {"model": model, "revision": revision, "resolution": config.resolution, "dtype": str(dtype)}

@@ -1,5 +1,6 @@
 """The loop that every training here goes through: micro-batches, processes, schedules, checkpoints."""
 
+import json
 import math
 import os
 import time
@@ -128,6 +129,10 @@ class TrainingLoop(ABC):
         """A loss over the noise levels of all micro-batches of a step together."""
         return None
 
+    def settings(self) -> dict:
+        """Further settings, beside the configuration's, that a run must be resumed with."""
+        return {}
+
     def logged(self, stage: str) -> dict[str, float]:
         """Further numbers for the history."""
         return {}
@@ -222,7 +227,8 @@ class TrainingLoop(ABC):
             seed = derive_seed(config.seed, stage, step, part)
             torch.manual_seed(seed)  # of the noise on scores and ratios, which checkpointing must be able to repeat
             loss, record = self.loss(stage, drawn[part], torch.Generator().manual_seed(seed))
-            (loss / share).backward()
+            if loss.requires_grad:  # without adapters, a call that uses no weight of the method has none to teach
+                (loss / share).backward()
             finite = finite and bool(torch.isfinite(loss))
             records.append({name: float(value) for name, value in record.items()})
         # Every process learns whether all are well before any of them steps.
@@ -338,6 +344,7 @@ class TrainingLoop(ABC):
             stage=stage,
             stage_step=step,
             config=asdict(self.config),
+            settings=self.settings(),
             history=self.history,
             recent=self.recent,
             bad_steps=self.bad_steps,
@@ -352,7 +359,9 @@ class TrainingLoop(ABC):
         tensors, record = found
         wanted = {name: value for name, value in asdict(self.config).items() if name not in FREE}
         before = asdict(TrainConfig()) | record["config"]  # a setting that is newer than the run had its default
-        other = [f"{k} {before[k]} (now {v})" for k, v in wanted.items() if before[k] != v]
+        before |= record.get("settings", {})
+        wanted |= json.loads(json.dumps(self.settings()))  # tuples become lists there
+        other = [f"{k} {before.get(k)} (now {v})" for k, v in wanted.items() if before.get(k) != v]
         if other:
             raise ValueError(
                 f"shiva_ext: the run in {folder} was started with other settings: {', '.join(other)}; resume with the "

@@ -37,6 +37,23 @@ class MethodPass:
         return output
 
 
+def check_method(transformer: nn.Module, config: TrainConfig, method: TrainedMethod | None = None) -> TrainedMethod:
+    """The method to train; all that can be wrong with it for this model is found here.
+
+    Raises:
+        TypeError, ValueError: it is unknown, or not for this model or these settings.
+    """
+    if method is None and config.method not in TRAINED:
+        raise ValueError(f"shiva_ext: method is {config.method!r}, wanted one of {', '.join(TRAINED)}")
+    if config.start_from:
+        raise ValueError(f"shiva_ext: start_from is for Shiva's own selection, not for {config.method}; leave it empty")
+    adapter = adapter_for(transformer)
+    method = method or TRAINED[config.method].for_budget(config.budget, adapter, transformer)
+    with torch.random.fork_rng(devices=[]):
+        method.build(adapter, transformer)
+    return method
+
+
 class MethodTrainer(TrainingLoop):
     """Trains one of :data:`shiva_ext.methods.TRAINED` and adapters, in a single stage of ``joint_steps``.
 
@@ -56,13 +73,9 @@ class MethodTrainer(TrainingLoop):
         method: TrainedMethod | None = None,
         **loop,
     ):
-        if method is None and config.method not in TRAINED:
-            raise ValueError(f"MethodTrainer: method is {config.method!r}, wanted one of {', '.join(TRAINED)}")
-        if config.start_from:
-            raise ValueError("MethodTrainer: start_from is for Shiva's own selection; leave it empty")
+        method = check_method(transformer, config, method)
         super().__init__(transformer, config, next_batch, **loop)
-        adapter = adapter_for(transformer)
-        self.method = method or TRAINED[config.method].for_budget(config.budget, adapter, transformer)
+        adapter, self.method = adapter_for(transformer), method
         self.weights = self.method.build(adapter, transformer).to(self.device)
         self.progress = 0.0
         self.attach(hooks.SelectionState(MethodSource(self.method, self.num_layers, self.weights), adapter))
@@ -73,8 +86,13 @@ class MethodTrainer(TrainingLoop):
     def groups(self, stage: str) -> list[dict]:
         schedule = self.method.schedule_weights(self.weights)
         own = [p for p in self.weights.parameters() if all(p is not each for each in schedule)]
-        groups = [dict(params=own, peak=self.config.lr_router)]
-        return groups + ([dict(params=schedule, peak=self.config.lr_policy)] if schedule else [])
+        # Without weight decay, which would pull open gates and identities towards 0.
+        groups = [dict(params=own, peak=self.config.lr_router, weight_decay=0.0)]
+        more = dict(params=schedule, peak=self.config.lr_policy, weight_decay=0.0)
+        return [*groups, more] if schedule else groups
+
+    def settings(self) -> dict:
+        return {f"{type(self.method).__name__}.{name}": value for name, value in asdict(self.method).items()}
 
     def draw(self, generator: torch.Generator) -> list[tuple[Tensor, ...]]:
         """Noise levels of the whole range, or of one region a micro-batch, each another while there are enough."""

@@ -39,9 +39,13 @@ def gather_gradients(params: Iterable[nn.Parameter]) -> None:
     """Replace gradients by their mean over all processes, in one message for each dtype."""
     if world() == 1:
         return
-    by_dtype: dict[torch.dtype, list[Tensor]] = {}
-    for p in params:
-        if p.grad is not None:  # a parameter without one has none in any process
+    params, by_dtype = list(params), {}
+    # What a method uses may depend on the noise level: a parameter can have a gradient in some processes only.
+    used = torch.tensor([float(p.grad is not None) for p in params], device=params[0].device if params else None)
+    dist.all_reduce(used)
+    for p, users in zip(params, used.tolist(), strict=True):
+        if users:
+            p.grad = torch.zeros_like(p) if p.grad is None else p.grad
             by_dtype.setdefault(p.grad.dtype, []).append(p.grad)
     for grads in by_dtype.values():
         flat = torch.cat([g.flatten() for g in grads])
