@@ -131,10 +131,8 @@ def summary(
 
     dim = state.adapter.dims(handle.transformer)["dim"]
 
-    more = state.squares(num_tokens)
-
     def flops(row):
-        pruned = {layer: k + more if more else k for layer, k in enumerate(row) if k != num_tokens}
+        pruned = {layer: k for layer, k in enumerate(row) if k != num_tokens}
         total = state.adapter.forward_flops(
             handle.transformer, text_tokens, num_tokens, pruned, width, state.choosing(pruned)
         )

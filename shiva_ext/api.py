@@ -204,7 +204,7 @@ def enable(
     batched_guidance: bool | None = None,
     adapter: bool = True,
     fused: bool = True,
-    reconstruct: str | None = None,
+    reconstruct: str = IDENTITY,
     component: str = "transformer",
 ) -> Handle:
     """Make a model process only the tokens that matter.
@@ -240,9 +240,7 @@ def enable(
             and why. False wraps every block.
         reconstruct: what a block gives to tokens that it did not process: "identity" nothing, as the method has it;
             "nearest" what it added to the nearest kept token of the image; "last" what it added to the same token when
-            it was last kept in this run, which takes a tensor [B,N,D] a block; "coarse" what it added to the mean
-            of the rejected tokens of its 4 x 4 square, which goes through the block, too. Such blocks run wrapped. By
-            default what the artefact was trained with, else "identity".
+            it was last kept in this run, which takes a tensor [B,N,D] a block. Such blocks run wrapped.
         component: which of a pipeline's models; those that have two, such as Wan 2.2's, call the second one
             ``transformer_2``, and each wants an artefact of its own. :func:`disable` restores both.
 
@@ -265,11 +263,9 @@ def enable(
     for name, value in (("tile", tile), ("max_distinct_k", max_distinct_k)):
         if value is not None and value < 1:
             raise ValueError(f"shiva_ext: {name} is {value}, wanted at least 1")
-    if reconstruct is not None and reconstruct not in CHOICES:
+    if reconstruct not in CHOICES:
         raise ValueError(f"shiva_ext: reconstruct is {reconstruct!r}, wanted one of {', '.join(map(repr, CHOICES))}")
     selector = _selector(source, transformer, ratio, budget, tile, sigmas, max_distinct_k, share_selection)
-    if reconstruct is None:
-        reconstruct = getattr(selector, "reconstruct", IDENTITY)
     if isinstance(selector, MethodSource) and reconstruct != IDENTITY:
         raise ValueError(
             f"shiva_ext: {type(source).__name__} gives every token a value of its own; reconstruct is for selectors, "

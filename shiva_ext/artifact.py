@@ -15,7 +15,6 @@ from torch import Tensor, nn
 
 from ._library import __version__
 from .models import Conditioning
-from .reconstruct import IDENTITY
 from .selection import PolicyConfig, RatioPolicy, RatioTable, RouterConfig, ShivaRouter
 
 if TYPE_CHECKING:
@@ -36,7 +35,6 @@ class ShivaArtifact:
         adapter: PEFT folder of the tuned weights, or None.
         share_selection: layers that share a router also share what it selects: the first one's scores choose the tokens
             of all, which then keep equally many. That halves the router's cost for pairs.
-        reconstruct: what rejected tokens get, as it was trained, see :func:`shiva_ext.enable`.
         metadata: free JSON values, such as the training settings.
     """
 
@@ -47,7 +45,6 @@ class ShivaArtifact:
     adapter: Path | None = None
     metadata: dict = field(default_factory=dict)
     share_selection: bool = False
-    reconstruct: str = IDENTITY
 
     @property
     def first_layer(self) -> int:
@@ -81,7 +78,6 @@ class ShivaArtifact:
             policy=None if self.policy is None else asdict(self.policy.config),
             adapter=self.adapter is not None,
             share_selection=self.share_selection,
-            reconstruct=self.reconstruct,
             metadata=self.metadata,
         )
         return write_folder(folder, config, tensors, self.adapter)
@@ -130,7 +126,6 @@ class ShivaArtifact:
             folder / ADAPTER_NAME if config["adapter"] else None,
             config["metadata"],
             config.get("share_selection", False),
-            config.get("reconstruct", IDENTITY),
         )
 
 

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from . import ops
 from .methods.base import ATTENTION, BLOCK, BlockCall
 from .models.fused import find_form, why_not
-from .reconstruct import COARSE, IDENTITY, LAST, Coarse, reconstruct
+from .reconstruct import IDENTITY, LAST, reconstruct
 from .selection_state import SelectionState, odd_batch
 
 HOOK_NAME = "shiva_ext"
@@ -159,12 +159,6 @@ class BlockHook(ModelHook):
             return state.adapter.call_fused(self.form, module, x, kept, arguments)
         if not torch.compiler.is_compiling():
             state.wrapped[self.layer] = reason
-        if state.reconstruct == COARSE:
-            coarse = Coarse(x, kept, state.grid)
-            output = run(*coarse.beside(ops.token_gather(x, kept), kept))
-            processed = state.adapter.image_tokens(output).to(x.dtype)
-            tokens = ops.token_scatter(coarse.spread(x, processed[:, k:]), kept, processed[:, :k])
-            return state.adapter.with_image_tokens(output, tokens)
         output = run(ops.token_gather(x, kept), kept)
         processed = state.adapter.image_tokens(output).to(x.dtype)
         if state.reconstruct != IDENTITY:

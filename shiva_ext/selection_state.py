@@ -13,7 +13,7 @@ from . import ops
 from .methods.base import Method
 from .methods.memory import RunMemory
 from .models import Conditioning, ModelAdapter
-from .reconstruct import COARSE, IDENTITY, LAST, NEAREST, num_squares
+from .reconstruct import IDENTITY, LAST, NEAREST
 from .selection.budget import default_tile
 
 _DENSE = 1 << 24  # ratios as integers: torch.compile keeps these exact and static
@@ -114,7 +114,7 @@ class SelectionState:
     @property
     def wants_grid(self) -> bool:
         """Whether rows and columns of the image matter."""
-        return (self.method is not None and self.method.needs_grid) or self.reconstruct in (NEAREST, COARSE)
+        return (self.method is not None and self.method.needs_grid) or self.reconstruct == NEAREST
 
     def read_sigma(self, timestep: Tensor) -> None:
         """Take the noise level from a call's timesteps [B], unless they are those of the announced level."""
@@ -143,15 +143,7 @@ class SelectionState:
             lower = k // tile * tile
             upper = min(lower + tile, N)
             k = lower if lower and k - lower < upper - k else upper
-        return N if k + self.squares(N) >= N else max(k, 1)  # a dense block is no dearer then
-
-    def squares(self, N: int) -> int:
-        """Tokens that the reconstruction adds to a pruned block; of an image whose sides are not known, those of a
-        square one."""
-        if self.reconstruct != COARSE:
-            return 0
-        known = self.grid is not None and self.grid[0] * self.grid[1] == N
-        return num_squares(self.grid if known else (round(N**0.5),) * 2)
+        return max(k, 1)
 
     def group(self, layer: int) -> int | None:
         """Layers of one group select once, for all of them; None selects for itself."""

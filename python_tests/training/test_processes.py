@@ -59,7 +59,7 @@ def test_two_processes_give_the_losses_and_the_budget_of_one(tmp_path, sharding)
 
 
 def test_micro_batches_must_be_shared_out_evenly(monkeypatch):
-    from shiva_ext.training import trainer
+    from shiva_ext.training import loop
 
     monkeypatch.setattr(loop, "world", lambda: 3)
     with pytest.raises(ValueError, match="micro_batches is 4, wanted a multiple of the 3 processes"):

@@ -75,10 +75,9 @@ class Estimator(ABC):
         progress: share of the training that is done, from 0 to 1; the trainer advances it.
         generator: of the noise; None is torch's global one.
         needs_update: whether :meth:`apply` wants the dense teacher's block update.
-        takes_base: whether a block may also say what it gives to the tokens that were rejected.
     """
 
-    needs_update = takes_base = False
+    needs_update = False
 
     def __init__(
         self,
@@ -105,9 +104,7 @@ class Estimator(ABC):
         """Process the ``k_int`` best tokens, pass the others through.
 
         Args:
-            block_fn: maps the gathered tokens [B,k,D] to processed tokens [B,k,D]; may close over other streams. For
-                estimators with ``takes_base`` it may give a pair of them and of what the block leaves at the places of
-                rejected tokens, [B,N,D], in place of x.
+            block_fn: maps the gathered tokens [B,k,D] to processed tokens [B,k,D]; may close over other streams.
             x: [B,N,D], tokens at the block's entry.
             scores: [B,N], the router's.
             k_cont: the budget before the floor, see :func:`inclusion`.
@@ -213,7 +210,7 @@ class CounterfactualEstimator(Estimator):
         **options: see :class:`Estimator`.
     """
 
-    needs_update = takes_base = True
+    needs_update = True
 
     def __init__(self, kappa: float | str = "auto", **options):
         super().__init__(**options)
@@ -222,12 +219,8 @@ class CounterfactualEstimator(Estimator):
         self.kappa = kappa
 
     def _run(self, block_fn, x, pi, kept, rejected, update):
-        src, base = block_fn(ops.token_gather(x, kept)), x
+        src = block_fn(ops.token_gather(x, kept)).to(x.dtype)
         update = update.detach().to(x.dtype)
-        if isinstance(src, tuple):
-            src, base = src[0], src[1].to(x.dtype)
-            update = update - (base - x).detach()  # processing a token is worth what it adds to that
-        src = src.to(x.dtype)
         if self.kappa == "auto":
-            return _SelfCalibratedScatter.apply(base, kept, rejected, src, pi, update)
-        return ops.counterfactual_scatter(base, kept, src, pi, update, float(self.kappa))
+            return _SelfCalibratedScatter.apply(x, kept, rejected, src, pi, update)
+        return ops.counterfactual_scatter(x, kept, src, pi, update, float(self.kappa))

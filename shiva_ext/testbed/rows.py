@@ -113,8 +113,7 @@ class Enabled:
     def work(self, dim: int, tokens: int) -> list[tuple[dict, int]]:
         found, method = [], self.handle.state.method
         for record in self.handle.records:
-            more = self.handle.state.squares(tokens)
-            counts = {layer: index.shape[1] + more for layer, index in record["kept"].items()}
+            counts = {layer: index.shape[1] for layer, index in record["kept"].items()}
             if method is None:
                 found.append((counts, 0))
             else:

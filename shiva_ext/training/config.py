@@ -7,7 +7,6 @@ from pathlib import Path
 
 import yaml
 
-CHOICES = (("precision", ("bf16", "fp32")), ("sharding", ("ddp", "fsdp")), ("reconstruct", ("identity", "coarse")))
 METHODS = ("shiva", "diffcr", "dydit", "sparsedit")
 # All attention and MLP linears of the blocks, of both streams.
 ADAPTER_TARGETS = (
@@ -22,7 +21,6 @@ class TrainConfig:
 
     Attributes:
         budget: wanted mean share of tokens in the pruned layers.
-        reconstruct: what rejected tokens get from a block, see :func:`shiva_ext.enable`: "identity" or "coarse".
         estimator: gradient estimator, see :data:`shiva_ext.selection.ESTIMATORS`.
         router_steps, policy_steps, joint_steps: length of the stages: router alone at stratified ratios, then router
             and policy with exploration noise, then both and the adapters.
@@ -90,7 +88,6 @@ class TrainConfig:
     share: int = 2
     hidden: int = 64
     share_selection: bool = False
-    reconstruct: str = "identity"
     table_levels: int = 20
     precision: str = "bf16"
     gradient_checkpointing: bool = False
@@ -120,7 +117,7 @@ class TrainConfig:
             raise ValueError(f"TrainConfig: budget is {self.budget}, wanted a share above 0 and at most 1")
         if not 0 <= self.anneal_to <= 1:
             raise ValueError(f"TrainConfig: anneal_to is {self.anneal_to}, wanted a share of the way in [0, 1]")
-        for name, choices in CHOICES:
+        for name, choices in (("precision", ("bf16", "fp32")), ("sharding", ("ddp", "fsdp"))):
             if getattr(self, name) not in choices:
                 raise ValueError(
                     f"TrainConfig: {name} is {getattr(self, name)!r}, wanted one of {', '.join(map(repr, choices))}"

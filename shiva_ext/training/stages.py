@@ -7,7 +7,6 @@ import torch
 from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import Tensor, nn
 
-from shiva_ext.reconstruct import COARSE, Coarse
 from shiva_ext.selection import Estimator
 from shiva_ext.selection_state import SelectionState
 
@@ -105,15 +104,10 @@ class StudentPass:
         scores, noisy = self._scores(layer, x), self.state.group(layer) is None
         output = None
 
-        def block(tokens: Tensor, kept: Tensor):
+        def block(tokens: Tensor, kept: Tensor) -> Tensor:
             nonlocal output
-            if self.state.reconstruct != COARSE:
-                output = run(tokens, kept)
-                return adapter.image_tokens(output)
-            coarse = Coarse(x, kept, self.state.grid)
-            output = run(*coarse.beside(tokens, kept))
-            processed = adapter.image_tokens(output)
-            return processed[:, : kept.shape[1]], coarse.spread(x, processed[:, kept.shape[1] :])
+            output = run(tokens, kept)
+            return adapter.image_tokens(output)
 
         update = self.teacher.update(layer) if self.estimator.needs_update else None
         y, self.kept[layer] = self.estimator.apply(

@@ -12,7 +12,6 @@ from torch import Tensor, nn
 from shiva_ext import hooks
 from shiva_ext.artifact import ShivaArtifact
 from shiva_ext.models import adapter_for
-from shiva_ext.reconstruct import IDENTITY
 from shiva_ext.selection import BudgetLoss, RatioPolicy, RatioTable, ShivaRouter, get_estimator
 
 from .config import TrainConfig
@@ -61,16 +60,10 @@ class ShivaTrainer(TrainingLoop):
             RatioTable.fixed(config.budget, self.num_layers),
             self.policy,
             share_selection=config.share_selection,
-            reconstruct=config.reconstruct,
         )
         self.start = load_start(config, self.artifact) if config.start_from else None
         self.adapters_from = None if self.start is None else self.start.adapter
-        if config.reconstruct != IDENTITY and not self.estimator.takes_base:
-            raise ValueError(
-                f"ShivaTrainer: estimator {config.estimator!r} knows no reconstruct={config.reconstruct!r}; choose "
-                "'counterfactual', or 'identity'"
-            )
-        self.attach(hooks.SelectionState(self.artifact, adapter, reconstruct=config.reconstruct))
+        self.attach(hooks.SelectionState(self.artifact, adapter))
 
     def parts(self) -> dict[str, nn.Module]:
         return {"router": self.router, "policy": self.policy, "budget_loss": self.budget_loss}
