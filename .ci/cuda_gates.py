@@ -25,7 +25,7 @@ ARCHITECTURES = (75, 80, 86, 89, 90, 100, 120)
 # Kernels in their form for 16-byte accesses, by pattern of their name.
 COPIES = r"(token_gather|token_scatter|residual_gate|zero_absent_rows)(_in_place|_backward)?_kernel<uint4"
 PACKS = r"(residual_gate|counterfactual_scatter|token_gather_table)_backward_kernel<Pack<\w+, [248]>"
-MODULATE = r"(gather_modulate|scatter_residual)(_backward)?(_wide)?_kernel<\w+, [248]\b"
+MODULATE = r"(gather_modulate|scatter_residual|scatter_mean)(_backward)?(_wide)?_kernel<\w+, [248]\b"
 # (pattern of the kernel's name, oldest architecture, instruction that must appear)
 PROMISES = [
     (r"token_(gather|scatter)(_in_place|_backward)?_kernel<uint4", 75, "LDG.E.128"),

@@ -12,6 +12,9 @@ INDEX = [[4, 1, 0, 5, 2], [3, 0, 5, 1, 2]]
 POSITION = [[row.index(t) if t in row else -1 for t in range(N)] for row in INDEX]
 ORDERS = [[*row, *({*range(N)} - {*row})] for row in INDEX]  # of all N
 FIRST_INDEX, FIRST_POSITION = [[*range(K)]] * B, [[*range(K), -1]] * B
+# Of M groups, which begins where among the tokens sorted by group.
+M, STARTS = 4, [0, 2, 5, 5, 6]
+GROUPS = [[m for m in range(M) for _ in range(STARTS[m + 1] - STARTS[m])]] * B
 EPS, KAPPA, SCALE = 2.0**-10, 0.5, 2.0  # exact in binary, as the comparison is
 
 
@@ -56,8 +59,8 @@ def copied(name, *shape):
     return Tensor(name, shape, "uint8", out=True)
 
 
-def index(name, rows):
-    return Tensor(name, (len(rows) * len(rows[0]),), "int64", [value for row in rows for value in row])
+def index(name, rows, dtype="int64"):
+    return Tensor(name, (len(rows) * len(rows[0]),), dtype, [value for row in rows for value in row])
 
 
 def rows(t):
@@ -126,6 +129,22 @@ ROW_KERNELS = [
           [*strided(tensor("grad", B, N, D)), *strided(tensor("update", B, K, D)), tensor("gate", B, D),
            index("index", FIRST_INDEX), K, D, 3, 2, 1, out("grad_update", B, K, D), out("partial", B, 2, D)],
           "scatter_residual_backward"),
+]
+
+
+MEAN, STARTED = "scatter_mean_kernel.cuh", index("start", [STARTS] * B, "int32")
+MEAN_KERNELS = [
+    Proof("group_tokens_kernel", MEAN, 2, 512, "B 2, N 6, 4 groups",
+          [index("position", GROUPS), N, M, 1, out("start", B, M + 1, dtype="int32"),
+           out("order", B, N, dtype="int32")],
+          why="which lanes have the same group decides which of them counts", cannot="control_predicate_not_static"),
+    Proof("scatter_mean_kernel<float, 4>", MEAN, 1, 256, "B 2, N 6, 4 groups, D 132",
+          [*strided(tensor("x", B, N, D)), STARTED, index("order", [[*range(N)]] * B, "int32"), B * M, N, M, D,
+           out("out", B, M, D)],
+          "scatter_mean"),
+    Proof("scatter_mean_backward_kernel<float, 4>", MEAN, 2, 256, "B 2, N 6, 4 groups, D 132",
+          [*strided(tensor("grad", B, M, D)), index("position", GROUPS), STARTED, B * N, N, M, D, out("out", B, N, D)],
+          why="the tool divides the tokens into other slices than a reference does"),
 ]
 
 
@@ -287,4 +306,4 @@ TOPK_KERNELS = [
           why="the keys decide where a token is written", cannot=STATIC),
 ]
 
-KERNELS = [*ROW_KERNELS, *MODULATE_KERNELS, *ROUTER_KERNELS, *SOFT_RANK_KERNELS, *TOPK_KERNELS]
+KERNELS = [*ROW_KERNELS, *MEAN_KERNELS, *MODULATE_KERNELS, *ROUTER_KERNELS, *SOFT_RANK_KERNELS, *TOPK_KERNELS]

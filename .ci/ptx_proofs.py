@@ -99,8 +99,9 @@ def launch(proof: Proof, entry: str) -> dict:
             continue
         pointers.append(at | {"type": "pointer", "space": "global", "object": f"input.arg{number}.{offset}"})
         if value.values is not None:
-            unsigned = [v % 2**64 for v in value.values]
-            contents.append(at | {"element_type": "u64", "shapes": [unsigned]})
+            bits = 8 * ELEMENT_BYTES[value.dtype]
+            unsigned = [v % 2**bits for v in value.values]
+            contents.append(at | {"element_type": f"u{bits}", "shapes": [unsigned]})
     config = {
         "schema": "spverify.kernel-input/v1",
         "entry": entry,

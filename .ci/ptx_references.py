@@ -5,7 +5,7 @@ which the kernel forms it, exp as nvcc compiles expf, and positions as the slice
 """
 
 import torch
-from ptx_kernels import EPS, INDEX, KAPPA, ORDERS, POSITION, SCALE, K
+from ptx_kernels import EPS, INDEX, KAPPA, ORDERS, POSITION, SCALE, STARTS, K
 
 
 def total(x):
@@ -108,6 +108,24 @@ def scatter_residual_backward(grad, update, gate):
     """gate * grad[b, index[b, j]]; sums of grad * update over chunks of rows"""
     product = grad[:, :K] * update
     return gate.unsqueeze(1) * grad[:, :K], torch.stack([product[:, :3].sum(1), product[:, 3:].sum(1)], 1)
+
+
+# ---- scatter_mean, of tokens sorted by group. Counts come from start: the tool does not see that it holds constants.
+
+
+def members(start, m):
+    """[B, 1]: how many tokens group m has"""
+    rows = start.view(-1, len(STARTS))
+    return (rows[:, m + 1] - rows[:, m]).float().unsqueeze(1)
+
+
+def scatter_mean(x, start):
+    """the mean of each group's rows of x, or 0"""
+
+    def mean(m, begin, end):
+        return x[:, begin:end].sum(1) / members(start, m).clamp_min(1) if end > begin else torch.zeros_like(x[:, 0])
+
+    return torch.stack([mean(m, *group) for m, group in enumerate(zip(STARTS, STARTS[1:], strict=False))], 1)
 
 
 # ---- gather_modulate, of the first two tokens

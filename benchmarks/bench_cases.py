@@ -208,6 +208,32 @@ def scatter_residual(quick: bool) -> Iterator[Case]:
         )
 
 
+def scatter_mean(quick: bool) -> Iterator[Case]:
+    """Groups as token merging makes them: of the kept tokens the first quarter takes all that are merged."""
+    for B, N, D, dtype, share, x, kept in _tokens(quick):
+        M = kept.shape[1]
+        position = torch.randint(max(1, M // 4), (B, N)).scatter(1, kept, torch.arange(M).expand(B, -1))
+        flat = _flat(position, M)
+        expanded = flat[:, None].expand(-1, D)
+
+        def index_add(x=x, i=flat, B=B, M=M, D=D):
+            count = torch.bincount(i, minlength=B * M).clamp_min(1).to(x.dtype)
+            return (x.new_zeros(B * M, D).index_add(0, i, x.flatten(0, 1)) / count[:, None]).view(B, M, D)
+
+        def scatter_reduce(x=x, i=expanded, B=B, M=M, D=D):
+            return x.new_zeros(B * M, D).scatter_reduce(0, i, x.flatten(0, 1), "mean", include_self=False).view(B, M, D)
+
+        arguments = (x, position, M)
+        yield Case(
+            *("scatter_mean", (B, N, D), _name(dtype), lambda a=arguments: shiva.scatter_mean(*a)),
+            lambda a=arguments: reference.scatter_mean(*_wide(*a)),
+            {"scatter_reduce mean": scatter_reduce, "index_add, divide": index_add},
+            share,
+            bytes_moved=x.nbytes + x.nbytes * M // N,
+            tolerance=_tolerance(dtype),
+        )
+
+
 def residual_gate(quick: bool) -> Iterator[Case]:
     """The backward alone. It must read both gradients and x once, and write the gradient of x."""
     for B, N, D, dtype, share, x, kept in _tokens(quick):
@@ -258,7 +284,7 @@ MAKERS = {
     function.__name__: function
     for function in (
         *(topk_select, soft_rank, token_gather, token_scatter),
-        *(gather_modulate, scatter_residual, residual_gate, router_score),
+        *(gather_modulate, scatter_residual, scatter_mean, residual_gate, router_score),
     )
 }
 OPS = list(MAKERS)
@@ -339,5 +365,6 @@ TARGETS = (
     _ratio("gather_modulate", 1 / 1.15, ("token_gather",), "gather_modulate, token_gather / ours"),
     _ratio("scatter_residual", 2.5, ("gate, index_put",), "scatter_residual, eager / ours"),
     _ratio("scatter_residual", 1 / 1.15, ("token_scatter",), "scatter_residual, token_scatter / ours"),
+    _ratio("scatter_mean", 1, (), "scatter_mean, best of torch / ours"),
     _ratio("residual_gate backward", 1 / 1.2, ("copy of as many bytes",), "residual_gate backward, copy / ours"),
 )

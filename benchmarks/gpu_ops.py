@@ -64,6 +64,7 @@ def make_arguments(B: int, N: int, D: int, k: int, H: int, dtype: torch.dtype) -
         "router_score": (x, random(B, H, dtype=torch.float32), *weights, EPS),
         "gather_modulate": (x, kept, random(B, D), random(B, D), EPS),
         "scatter_residual": (x, kept, random(B, k, D), random(B, D)),
+        "scatter_mean": (x, torch.randint(k, (B, N), device="cuda"), k),
     }
 
 

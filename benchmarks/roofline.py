@@ -70,6 +70,7 @@ def costs(B: int, N: int, D: int, k: int, H: int, size: int = 2) -> dict[str, Co
     # Sums over tokens: partial ones of chunks of rows (csrc/cuda/modulate_common.cuh) are written and read in float32.
     chunk = min(max(-(-B * k // 2048), 8), 32)
     partial = 2 * B * -(-k // chunk) * D * 4
+    sorting_groups = 2 * index * B * N * -(-k // 512) + 2 * 4 * B * k
     splits = -(-B * N // max(-(-B * N // 16 // 32) * 32, 512))
     return {
         "topk_select": Cost(B * N * (score + index)),
@@ -96,6 +97,9 @@ def costs(B: int, N: int, D: int, k: int, H: int, size: int = 2) -> dict[str, Co
         "gather_modulate backward": Cost(2 * kept + all_tokens + indices + inverse + 2 * partial, launches=4),
         "scatter_residual": Cost(2 * all_tokens + kept + indices + inverse, launches=2),
         "scatter_residual backward": Cost(3 * kept + indices + partial, launches=2),
+        # Means of k groups. Positions are read twice by every 512 groups, starts and order written and read in int32.
+        "scatter_mean": Cost(all_tokens + kept + sorting_groups + 2 * 4 * B * N, launches=2),
+        "scatter_mean backward": Cost(all_tokens + kept + sorting_groups / 2 + index * B * N, launches=2),
     }
 
 

@@ -46,6 +46,7 @@ set(SHIVA_CUDA_SOURCES
   csrc/cuda/launch.cu
   csrc/cuda/residual_gate.cu
   csrc/cuda/router_score.cu
+  csrc/cuda/scatter_mean.cu
   csrc/cuda/scatter_residual.cu
   csrc/cuda/soft_rank.cu
   csrc/cuda/token_gather.cu

@@ -162,6 +162,36 @@ Tokens check_scatter_residual(
   return t;
 }
 
+// position [B, N] into num_groups groups, as contiguous int64.
+static Tensor check_position(
+    const char* op, const Tensor& position, int64_t B, int64_t N, int64_t num_groups, Place place) {
+  check_shape(op, "position", position, {B, N}, place);
+  SHIVA_CHECK(
+      N < std::numeric_limits<int32_t>::max(), op, "position has ", N, " tokens a row; at most 2^31 - 2 are supported");
+  SHIVA_CHECK(
+      num_groups > 0 || B * N == 0, op, "there are no groups, but position has shape ", shape_of(position),
+      "; every token needs one");
+  return checked_index(op, "position", position, B, num_groups, place);
+}
+
+Tokens check_scatter_mean(const char* op, const Tensor& x, const Tensor& position, int64_t num_groups, Place place) {
+  check_dim(op, "x", x, 3, place);
+  const Dtype dtype = floating_dtype(op, "x", x);
+  SHIVA_CHECK(num_groups >= 0, op, "num_groups must not be negative, got ", num_groups);
+  const int64_t B = x.size(0), N = x.size(1), D = x.size(2);
+  const Tensor index = check_position(op, position, B, N, num_groups, place);
+  return {dtype, B, N, D, num_groups, D * static_cast<int64_t>(x.element_size()), index};
+}
+
+Tokens check_scatter_mean_backward(const char* op, const Tensor& grad, const Tensor& position, Place place) {
+  check_dim(op, "grad", grad, 3, place);
+  const Dtype dtype = floating_dtype(op, "grad", grad);
+  check_dim(op, "position", position, 2, place);
+  const int64_t B = grad.size(0), M = grad.size(1), D = grad.size(2), N = position.size(1);
+  const Tensor index = check_position(op, position, B, N, M, place);
+  return {dtype, B, N, D, M, D * static_cast<int64_t>(grad.element_size()), index};
+}
+
 RouterArguments check_router_score(
     const char* op, const Tensor& x, const Tensor& context, const Tensor& w_in, const Tensor& ln_weight,
     const Tensor& ln_bias, const Tensor& w_out, double eps, Place place) {

@@ -65,6 +65,11 @@ Tokens check_scatter_residual(
     const char* op, const char* name, const Tensor& base, const Tensor& index, const Tensor& update, const Tensor& gate,
     Place place);
 
+// k is num_groups, index the position [B, N].
+Tokens check_scatter_mean(const char* op, const Tensor& x, const Tensor& position, int64_t num_groups, Place place);
+// grad [B, k, D].
+Tokens check_scatter_mean_backward(const char* op, const Tensor& grad, const Tensor& position, Place place);
+
 RouterArguments check_router_score(
     const char* op, const Tensor& x, const Tensor& context, const Tensor& w_in, const Tensor& ln_weight,
     const Tensor& ln_bias, const Tensor& w_out, double eps, Place place);

@@ -63,6 +63,11 @@ inline void define_ops(torch::stable::detail::StableLibrary& m) {
   m.def(
       "scatter_residual_backward(Tensor grad, Tensor index, Tensor update, Tensor gate) "
       "-> (Tensor grad_update, Tensor grad_gate)");
+
+  // The mean of the rows of x [B, N, D] whose position [B, N] is m, for each of num_groups groups m; 0 for an empty
+  // one.
+  m.def("scatter_mean(Tensor x, Tensor position, SymInt num_groups) -> Tensor");
+  m.def("scatter_mean_backward(Tensor grad, Tensor position) -> Tensor");
 }
 
 }  // namespace shiva

@@ -232,6 +232,17 @@ def test_scatter_residual_adds_the_gated_update_to_its_rows():
     torch.testing.assert_close(reference.scatter_residual(base, index, update, gate), expected)
 
 
+def test_scatter_mean_is_the_mean_of_each_groups_tokens():
+    x, position = randn(2, 7, 3), torch.tensor([[0, 3, 3, 0, 1, 3, 0], [4, 4, 4, 4, 4, 4, 4]])
+    mean = reference.scatter_mean(x, position, 5)
+    for b in range(2):
+        for m in range(5):
+            members = [x[b, n] for n in range(7) if position[b, n] == m]
+            wanted = sum(members) / len(members) if members else torch.zeros(3, dtype=x.dtype)
+            torch.testing.assert_close(mean[b, m], wanted)
+    assert reference.scatter_mean(x.half(), position.int(), 5).dtype == torch.float16
+
+
 @pytest.mark.parametrize(
     ("name", "arguments"),
     [
@@ -245,6 +256,7 @@ def test_scatter_residual_adds_the_gated_update_to_its_rows():
         ),
         ("gather_modulate", (randn(2, 6, 4), kept_rows(2, 6, 3), randn(2, 4), randn(2, 4, seed=1), 1e-2)),
         ("scatter_residual", (randn(2, 6, 4), kept_rows(2, 6, 3), randn(2, 3, 4), randn(2, 4, seed=1))),
+        ("scatter_mean", (randn(2, 6, 4), kept_rows(2, 6, 6) // 2, 4)),
     ],
 )
 def test_natural_gradients_match_finite_differences(name, arguments):

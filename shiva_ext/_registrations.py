@@ -351,3 +351,29 @@ def _scatter_residual_backward(ctx, grad):
 
 register_autograd("shiva::scatter_residual", _scatter_residual_backward, setup_context=_scatter_residual_setup)
 _register_autocast("scatter_residual", _widest(0, 2, 3))
+
+
+# scatter_mean
+
+
+@register_fake("shiva::scatter_mean")
+def _(x, position, num_groups):
+    B, _, D = x.shape
+    torch._check(num_groups >= 0)
+    return x.new_empty((B, num_groups, D))
+
+
+@register_fake("shiva::scatter_mean_backward")
+def _(grad, position):
+    return grad.new_empty((*position.shape, grad.shape[-1]))
+
+
+def _scatter_mean_setup(ctx, inputs, output):
+    ctx.save_for_backward(inputs[1])
+
+
+def _scatter_mean_backward(ctx, grad):
+    return _ops.scatter_mean_backward(grad, ctx.saved_tensors[0]), None, None
+
+
+register_autograd("shiva::scatter_mean", _scatter_mean_backward, setup_context=_scatter_mean_setup)

@@ -177,3 +177,17 @@ def gather_modulate(x: Tensor, index: Tensor, shift: Tensor, scale: Tensor, eps:
 def scatter_residual(base: Tensor, index: Tensor, update: Tensor, gate: Tensor) -> Tensor:
     """A copy of ``base`` [B,N,D] with rows ``index`` [B,k] ``+= gate`` [B,D] ``* update`` [B,k,D], in one pass."""
     return _ops.scatter_residual(base, index, update, gate)
+
+
+def scatter_mean(x: Tensor, position: Tensor, num_groups: int) -> Tensor:
+    """The mean of each group's tokens, taken in token order; zeros for a group without any.
+
+    Args:
+        x: [B,N,D].
+        position: [B,N], the group of each token, in [0, num_groups); here values may repeat.
+        num_groups: M.
+
+    Returns:
+        [B,M,D].
+    """
+    return _ops.scatter_mean(x, position, num_groups)

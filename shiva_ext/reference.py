@@ -25,6 +25,7 @@ __all__ = [
     "residual_gate",
     "residual_gate_backward",
     "router_score",
+    "scatter_mean",
     "scatter_residual",
     "soft_rank",
     "soft_rank_backward",
@@ -313,3 +314,21 @@ def scatter_residual(base: Tensor, index: Tensor, update: Tensor, gate: Tensor) 
     """
     rows = _wide(token_gather(base, index)) + _wide(gate).unsqueeze(1) * _wide(update)
     return token_scatter(base, index, rows.to(base.dtype))
+
+
+def scatter_mean(x: Tensor, position: Tensor, num_groups: int) -> Tensor:
+    """The mean of each group's tokens; zeros for a group without any.
+
+    Args:
+        x: [B,N,D].
+        position: [B,N], the group of each token, in [0, num_groups); any number of tokens may share one.
+        num_groups: M.
+
+    Returns:
+        [B,M,D] in the dtype of x.
+    """
+    B, _, D = x.shape
+    wide = _wide(x)
+    total = wide.new_zeros(B, num_groups, D).scatter_add(1, _rows(position, D), wide)
+    count = wide.new_zeros(B, num_groups).scatter_add(1, position.long(), torch.ones_like(wide[..., 0]))
+    return (total / count.clamp_min(1).unsqueeze(-1)).to(x.dtype)

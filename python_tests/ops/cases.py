@@ -134,6 +134,19 @@ class Maker:
 
         return self._batch(rows)
 
+    def groups(self) -> Tensor:
+        """[B,N], the group of each token, below num_groups."""
+        M = self.num_groups
+
+        def rows(B: int) -> Tensor:
+            return (torch.rand((B, self.N), generator=self.generator) * M).long().to(self.index_dtype)
+
+        return self._batch(rows)
+
+    @property
+    def num_groups(self) -> int:
+        return max(self.k, 1)  # tokens must be in one
+
     def inclusion(self) -> Tensor:
         return self._batch(lambda B: self._values((B, self.N), "random").sigmoid().to(wide(self.dtype)))
 
@@ -272,6 +285,12 @@ OPS = {
         lambda m: {"base": m.tokens(), "index": m.index(), "update": m.floats(m.k, m.D), "gate": m.floats(m.D)},
         leaves=("base", "update", "gate"),
         terms=lambda size: size.k,
+    ),
+    "scatter_mean": Op(
+        "scatter_mean",
+        lambda m: {"x": m.tokens(), "position": m.groups(), "num_groups": m.num_groups},
+        leaves=("x",),
+        terms=lambda size: size.N,
     ),
 }
 DIFFERENTIABLE = {key: op for key, op in OPS.items() if op.leaves}

@@ -113,8 +113,9 @@ def test_the_in_place_scatter_keeps_the_dtype_of_its_base():
     assert same_bits(base, expected)
 
 
-def test_gathering_keeps_the_dtype():
+def test_gathering_and_merging_keep_the_dtype():
     m = Maker(TYPICAL, F32)
     x, kept, inclusion = m.tokens(), m.index(), m.inclusion()
     assert ops.token_gather(x, kept).dtype == F32
+    assert ops.scatter_mean(x, m.groups(), m.num_groups).dtype == F32
     assert all(out.dtype == BF16 for out in ops.residual_gate(x.to(BF16), inclusion, kept))

@@ -22,8 +22,9 @@ TENSORS = {
     "router_score": ("x", "context", "w_in", "ln_weight", "ln_bias", "w_out"),
     "gather_modulate": ("x", "index", "shift", "scale"),
     "scatter_residual": ("base", "index", "update", "gate"),
+    "scatter_mean": ("x", "position"),
 }
-INDICES = ("index", "kept")
+INDICES = ("index", "kept", "position")
 ARGUMENTS = [(op, name) for op, names in TENSORS.items() for name in names]
 FLOATING = [(op, name) for op, name in ARGUMENTS if name not in INDICES]
 INDEXES = [(op, name) for op, name in ARGUMENTS if name in INDICES]
@@ -44,6 +45,7 @@ MISMATCHES = [
     *[("gather_modulate", name, d) for name in ("shift", "scale") for d in (0, 1)],
     *[("scatter_residual", "update", d) for d in (0, 1, 2)],
     *[("scatter_residual", "gate", d) for d in (0, 1)],
+    *[("scatter_mean", "position", d) for d in (0, 1)],
 ]
 # op, argument: it must have the dtype of the op's first tensor. (The router's small vectors may be float32 instead.)
 SAME_DTYPE = [
@@ -121,16 +123,31 @@ def test_an_index_out_of_range_is_refused(op, name, bad, index_dtype, api):
     arguments = arguments_of(op)
     arguments[name] = arguments[name].to(index_dtype)
     arguments[name][-1, -1] = bad
-    assert_refused(api, op, arguments, (name,), str(bad), str(TYPICAL.N))
+    assert_refused(api, op, arguments, (name,), str(bad), str(arguments.get("num_groups", TYPICAL.N)))
 
 
-@pytest.mark.parametrize(("op", "name"), INDEXES)
+@pytest.mark.parametrize(("op", "name"), [case for case in INDEXES if case[1] != "position"])
 def test_an_index_into_no_tokens_is_refused(op, name):
     arguments = arguments_of(op)
     empty = {n: a[:, :0] for n, a in arguments.items() if n in ("x", "base", "inclusion", "update") and a.dim() > 1}
     if op == "scatter_residual":
         del empty["update"]  # [B, k, D] there
     assert_refused("raw", op, arguments | empty, (name,), "no tokens")
+
+
+@both
+def test_a_position_past_the_last_group_is_refused(api):
+    arguments = arguments_of("scatter_mean")
+    M = arguments["num_groups"]
+    arguments["position"][0, 3] = M
+    assert_refused(api, "scatter_mean", arguments, ("position",), rf"\[0, {M}\), got {M} in row 0, column 3")
+
+
+@both
+@pytest.mark.parametrize(("M", "said"), [(-1, "num_groups must not be negative, got -1"), (0, "there are no groups")])
+def test_a_wrong_number_of_groups_is_refused(M, said, api):
+    arguments = arguments_of("scatter_mean") | {"num_groups": M}
+    assert_refused(api, "scatter_mean", arguments, ("num_groups", "position"), said)
 
 
 def ones(*shape: int) -> torch.Tensor:
@@ -147,12 +164,13 @@ def ones(*shape: int) -> torch.Tensor:
         lambda index: torch.ops.shiva.counterfactual_scatter_backward(
             ones(1, 5, 3), ones(1, 5, 3), index, ones(1, 2, 3), ones(1, 5, 3), 0.5
         ),
+        lambda index: torch.ops.shiva.scatter_mean_backward(ones(1, 5, 3), index),
         lambda index: torch.ops.shiva.gather_modulate_backward(ones(1, 2, 3), ones(1, 5, 3), index, ones(1, 3), 1e-6),
     ],
 )
 @pytest.mark.parametrize("bad", [-1, 5])
 def test_the_backward_ops_refuse_an_index_out_of_range(call, bad):
-    with pytest.raises((RuntimeError, ValueError), match=rf"_backward.*(index|kept).*{bad}"):
+    with pytest.raises((RuntimeError, ValueError), match=rf"_backward.*(index|kept|position).*{bad}"):
         call(place(torch.tensor([[0, bad]])))
 
 

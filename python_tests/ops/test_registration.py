@@ -37,6 +37,7 @@ BACKWARD = {
     ),
     "gather_modulate_backward": lambda m: (m.floats(m.k, m.D), m.tokens(), m.index(), m.floats(m.D), EPS),
     "scatter_residual_backward": lambda m: (m.tokens(), m.index(), m.floats(m.k, m.D), m.floats(m.D)),
+    "scatter_mean_backward": lambda m: (m.floats(m.num_groups, m.D), m.groups()),
 }
 
 

@@ -56,6 +56,11 @@ FORMS = {
     "residual_gate": {"long rows": Size(B=2, N=5, k=3, D=1544, H=1)},
     "counterfactual_scatter": {"long rows": Size(B=2, N=5, k=3, D=1544, H=1)},
     "scatter_residual": {"long rows": Size(B=2, N=40, k=33, D=1544, H=1)},
+    "scatter_mean": {
+        "several ranges of groups": Size(B=2, N=1500, k=1100, D=4, H=1),
+        "one large group": Size(B=2, N=1500, k=1, D=5, H=1),
+        "long rows": Size(B=2, N=40, k=13, D=1544, H=1),
+    },
 }
 
 

@@ -214,6 +214,28 @@ def test_scatter_residual_reads_vectors_where_it_can(simulated, D, width, option
     assert re.fullmatch(rf"scatter_residual_kernel<float, {width}> \d+ x 256", found[1])
 
 
+@pytest.mark.parametrize("M, ranges", [(512, 1), (513, 2)])
+def test_tokens_are_sorted_by_512_groups_a_block(simulated, M, ranges):
+    x, position = rows(2, 9, 64), torch.zeros(2, 9, dtype=torch.int64)
+    found = launches(simulated, lambda: torch.ops.shiva_simt.scatter_mean(x, position, M))
+    assert found[0] == f"group_tokens_kernel {2 * ranges} x 512"
+    found = launches(simulated, lambda: torch.ops.shiva_simt.scatter_mean_backward(rows(2, M, 64), position))
+    assert found[0] == f"group_tokens_kernel {2 * ranges} x 512"
+
+
+@pytest.mark.parametrize(
+    "D, width, options",
+    [(64, 4, {}), (62, 1, {}), (64, 1, {"row_stride": 66}), (64, 1, {"misaligned": True})],
+)
+def test_scatter_mean_takes_a_warp_for_a_row_and_reads_vectors_where_it_can(simulated, D, width, options):
+    x, groups = rows(2, 9, D, **options), rows(2, 24, D, **options)
+    position = torch.zeros(2, 9, dtype=torch.int64)
+    found = launches(simulated, lambda: torch.ops.shiva_simt.scatter_mean(x, position, 24))
+    assert found[1] == f"scatter_mean_kernel<float, {width}> 6 x 256"
+    found = launches(simulated, lambda: torch.ops.shiva_simt.scatter_mean_backward(groups, position))
+    assert found[1] == f"scatter_mean_backward_kernel<float, {width}> 3 x 256"
+
+
 BF16 = torch.bfloat16
 
 

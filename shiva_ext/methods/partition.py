@@ -30,33 +30,21 @@ class Partition:
     how: str = MEAN
 
     def merge(self, x: Tensor) -> Tensor:
-        leading = ops.token_gather(x, self.leaders)
         if self.how == KEEP:
-            return leading
-        B, M, D = leading.shape
-        group = self._rows(self.position.gather(1, self.merged), M)
-        mean = leading.flatten(0, 1).scatter_reduce(
-            0, group[:, None].expand(-1, D), ops.token_gather(x, self.merged).flatten(0, 1), "mean"
-        )
-        mean = mean.unflatten(0, (B, M))
+            return ops.token_gather(x, self.leaders)
+        mean = ops.scatter_mean(x, self.position, self.leaders.shape[1])
         if self.how == MEAN:
             return mean
         wide = torch.promote_types(x.dtype, torch.float32)
         norms = torch.linalg.vector_norm(x, dim=-1, dtype=wide)
-        largest = norms.gather(1, self.leaders).flatten()
-        largest = largest.scatter_reduce(0, group, norms.gather(1, self.merged).flatten(), "amax").view(B, M, 1)
-        return (F.normalize(mean.to(wide), dim=-1) * largest).to(x.dtype)
+        largest = torch.zeros_like(self.leaders, dtype=wide).scatter_reduce(1, self.position, norms, "amax")
+        return (F.normalize(mean.to(wide), dim=-1) * largest.unsqueeze(-1)).to(x.dtype)
 
     def unmerge(self, y: Tensor) -> Tensor:
         # A plain gather: a leader's row comes as often as its group has tokens.
-        rows = self._rows(self.position, y.shape[1])
+        first = torch.arange(len(y), device=y.device)[:, None] * y.shape[1]
+        rows = (self.position + first).flatten()
         return y.flatten(0, 1).index_select(0, rows).unflatten(0, self.position.shape)
-
-    @staticmethod
-    def _rows(index: Tensor, length: int) -> Tensor:
-        """Indices [B,n] into rows of ``length`` as indices into all rows one after the other."""
-        first = torch.arange(len(index), device=index.device)[:, None] * length
-        return (index + first).flatten()
 
 
 def partition(score: Tensor, nearest: Tensor, r: int, how: str = MEAN) -> Partition:
