@@ -306,4 +306,31 @@ TOPK_KERNELS = [
           why="the keys decide where a token is written", cannot=STATIC),
 ]
 
-KERNELS = [*ROW_KERNELS, *MEAN_KERNELS, *MODULATE_KERNELS, *ROUTER_KERNELS, *SOFT_RANK_KERNELS, *TOPK_KERNELS]
+FACILITY, TILE = "facility_location_kernel.cuh", "B 2, n 40"
+COLUMNS, TAKEN = tensor("columns", 2, 40, 40), tensor("taken", 2, 40, dtype="int32")
+FACILITY_KERNELS = [
+    Proof("facility_block_kernel<float>", FACILITY, 2, 256, TILE + ", 5 chosen",
+          [COLUMNS, ("u32", 40), ("u32", 5), out("chosen", 2, 5, dtype="int64")],
+          why="the gains decide which column is taken", cannot=STATIC),
+    Proof("facility_start_kernel<float>", FACILITY, 1, 256, TILE,
+          [80, out("covered", 2, 40), out("taken", 2, 40, dtype="int32")], why="left out to save time: two constants"),
+    Proof("facility_gains_kernel<float>", FACILITY, 10, 256, TILE,
+          [COLUMNS, tensor("covered", 2, 40), TAKEN, 80, 40, out("gains", 2, 40, dtype="float64")],
+          why="columns that are taken are left out", cannot=STATIC),
+    Proof("facility_take_kernel<float>", FACILITY, 2, 256, TILE,
+          [COLUMNS, tensor("gains", 2, 40, dtype="float64"), 40, tensor("covered", 2, 40), TAKEN],
+          why="the gains decide which column is taken", cannot=STATIC),
+    Proof("facility_list_kernel", FACILITY, 2, 256, TILE + ", 5 taken",
+          [TAKEN, 40, 5, out("chosen", 2, 5, dtype="int64")],
+          why="what is taken decides where it is written", cannot=STATIC),
+]
+
+KERNELS = [
+    *ROW_KERNELS,
+    *MEAN_KERNELS,
+    *MODULATE_KERNELS,
+    *ROUTER_KERNELS,
+    *SOFT_RANK_KERNELS,
+    *TOPK_KERNELS,
+    *FACILITY_KERNELS,
+]

@@ -234,6 +234,43 @@ def scatter_mean(quick: bool) -> Iterator[Case]:
         )
 
 
+def facility_location(quick: bool) -> Iterator[Case]:
+    """Half of the tokens, of the cosines of random ones: tiles of 4, 8 and 16 tokens a side, and a whole image."""
+    for B, n in ((512, 16), (128, 64), (32, 256), (1, 1024)):
+        unit = F.normalize(torch.randn(B, n, 64), dim=-1)
+        similarity, count = unit @ unit.transpose(1, 2), n // 2
+
+        def torch_way(S=similarity, count=count, B=B, n=n):
+            covered, chosen = torch.full((B, n, 1), -1.0), torch.zeros(B, n, dtype=torch.bool)
+            for _ in range(count):
+                total = torch.maximum(S, covered).sum(dim=1)
+                best = total.masked_fill(chosen, -torch.inf).argmax(dim=1, keepdim=True)
+                chosen = chosen.scatter(1, best, True)
+                covered = torch.maximum(covered, S.gather(2, best[:, None].expand(-1, n, -1)))
+            return chosen.nonzero()[:, 1].view(B, count)
+
+        yield Case(
+            *("facility_location", (B, n), "float32", lambda s=similarity, k=count: shiva.facility_location(s, k)),
+            lambda s=similarity, k=count: reference.facility_location(s, k),
+            {"the loop in torch": torch_way},
+            kept=0.5,
+            exact=True,
+        )
+
+
+def best_destination(quick: bool) -> Iterator[Case]:
+    """Not an op: what the row maximum of token merging's cosines costs, of which an op of its own could save a part."""
+    for B, N in QUICK_SHAPES:
+        for D in (384, 1536):
+            unit = F.normalize(torch.randn(B, N, D), dim=-1)
+            others = unit[:, ::4].transpose(1, 2).contiguous()
+            yield Case(
+                *("best_destination", (B, N, D), "float32", lambda u=unit, o=others: (u @ o).max(dim=-1).values),
+                lambda u=unit, o=others: (u.double() @ o.double()).amax(dim=-1),
+                {"the matmul alone": lambda u=unit, o=others: u @ o},
+            )
+
+
 def residual_gate(quick: bool) -> Iterator[Case]:
     """The backward alone. It must read both gradients and x once, and write the gradient of x."""
     for B, N, D, dtype, share, x, kept in _tokens(quick):
@@ -284,7 +321,15 @@ MAKERS = {
     function.__name__: function
     for function in (
         *(topk_select, soft_rank, token_gather, token_scatter),
-        *(gather_modulate, scatter_residual, scatter_mean, residual_gate, router_score),
+        *(
+            gather_modulate,
+            scatter_residual,
+            scatter_mean,
+            facility_location,
+            best_destination,
+            residual_gate,
+            router_score,
+        ),
     )
 }
 OPS = list(MAKERS)
@@ -366,5 +411,6 @@ TARGETS = (
     _ratio("scatter_residual", 2.5, ("gate, index_put",), "scatter_residual, eager / ours"),
     _ratio("scatter_residual", 1 / 1.15, ("token_scatter",), "scatter_residual, token_scatter / ours"),
     _ratio("scatter_mean", 1, (), "scatter_mean, best of torch / ours"),
+    _ratio("facility_location", 1, (), "facility_location, the loop in torch / ours"),
     _ratio("residual_gate backward", 1 / 1.2, ("copy of as many bytes",), "residual_gate backward, copy / ours"),
 )

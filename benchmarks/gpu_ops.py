@@ -53,6 +53,7 @@ def make_arguments(B: int, N: int, D: int, k: int, H: int, dtype: torch.dtype) -
     kept = torch.ops.shiva.topk_select(scores, k)[0]
     weights = (random(H, D) / D**0.5, *(random(H, dtype=torch.float32) for _ in range(3)))
     pi = torch.rand(B, N, device="cuda")
+    tiles = torch.nn.functional.normalize(x.float(), dim=-1).view(-1, 16, D)  # of 4 x 4 tokens
     return {
         "topk_select": (scores, k),
         "soft_rank": (scores, TAU),
@@ -65,6 +66,7 @@ def make_arguments(B: int, N: int, D: int, k: int, H: int, dtype: torch.dtype) -
         "gather_modulate": (x, kept, random(B, D), random(B, D), EPS),
         "scatter_residual": (x, kept, random(B, k, D), random(B, D)),
         "scatter_mean": (x, torch.randint(k, (B, N), device="cuda"), k),
+        "facility_location": (tiles @ tiles.transpose(1, 2), 8),
     }
 
 

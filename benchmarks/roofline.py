@@ -100,6 +100,8 @@ def costs(B: int, N: int, D: int, k: int, H: int, size: int = 2) -> dict[str, Co
         # Means of k groups. Positions are read twice by every 512 groups, starts and order written and read in int32.
         "scatter_mean": Cost(all_tokens + kept + sorting_groups + 2 * 4 * B * N, launches=2),
         "scatter_mean backward": Cost(all_tokens + kept + sorting_groups / 2 + index * B * N, launches=2),
+        # 8 of every 16 tokens. The similarities are transposed, then read from a cache; float64's rate is left out.
+        "facility_location": Cost(3 * B * N * 16 * score + B * N // 2 * index, fp32=8 * 3 * B * N * 16, launches=2),
     }
 
 

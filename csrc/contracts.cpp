@@ -192,6 +192,15 @@ Tokens check_scatter_mean_backward(const char* op, const Tensor& grad, const Ten
   return {dtype, B, N, D, M, D * static_cast<int64_t>(grad.element_size()), index};
 }
 
+Scores check_facility_location(const char* op, const Tensor& similarity, int64_t count, Place place) {
+  check_dim(op, "similarity", similarity, 3, place);
+  const Dtype dtype = floating_dtype(op, "similarity", similarity);
+  const int64_t B = similarity.size(0), n = similarity.size(1);
+  check_shape(op, "similarity", similarity, {B, n, n}, place);
+  SHIVA_CHECK(count >= 0 && count <= n, op, "count must lie in [0, ", n, "], the number of tokens, got ", count);
+  return {dtype, B, n};
+}
+
 RouterArguments check_router_score(
     const char* op, const Tensor& x, const Tensor& context, const Tensor& w_in, const Tensor& ln_weight,
     const Tensor& ln_bias, const Tensor& w_out, double eps, Place place) {

@@ -70,6 +70,9 @@ Tokens check_scatter_mean(const char* op, const Tensor& x, const Tensor& positio
 // grad [B, k, D].
 Tokens check_scatter_mean_backward(const char* op, const Tensor& grad, const Tensor& position, Place place);
 
+// N is n.
+Scores check_facility_location(const char* op, const Tensor& similarity, int64_t count, Place place);
+
 RouterArguments check_router_score(
     const char* op, const Tensor& x, const Tensor& context, const Tensor& w_in, const Tensor& ln_weight,
     const Tensor& ln_bias, const Tensor& w_out, double eps, Place place);

@@ -68,6 +68,9 @@ inline void define_ops(torch::stable::detail::StableLibrary& m) {
   // one.
   m.def("scatter_mean(Tensor x, Tensor position, SymInt num_groups) -> Tensor");
   m.def("scatter_mean_backward(Tensor grad, Tensor position) -> Tensor");
+
+  // Greedy facility location: the `count` columns of similarity [B, n, n] that cover its rows best, int64, ascending.
+  m.def("facility_location(Tensor similarity, SymInt count) -> Tensor");
 }
 
 }  // namespace shiva

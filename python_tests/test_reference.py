@@ -1,6 +1,7 @@
 """shiva_ext.reference against a second writing of each formula: loops, torch.topk, finite differences."""
 
 import math
+from fractions import Fraction
 
 import pytest
 import torch
@@ -241,6 +242,32 @@ def test_scatter_mean_is_the_mean_of_each_groups_tokens():
             wanted = sum(members) / len(members) if members else torch.zeros(3, dtype=x.dtype)
             torch.testing.assert_close(mean[b, m], wanted)
     assert reference.scatter_mean(x.half(), position.int(), 5).dtype == torch.float16
+
+
+def python_facility_location(S: list[list[float]], count: int) -> list[int]:
+    """In exact arithmetic, for rows of fractions."""
+    n, covered, chosen = len(S), [-1] * len(S), []
+    for _ in range(count):
+        gains = {j: sum(max(S[i][j] - covered[i], 0) for i in range(n)) for j in range(n) if j not in chosen}
+        best = max(gains, key=lambda j: (gains[j], -j))
+        chosen.append(best)
+        covered = [max(covered[i], S[i][best]) for i in range(n)]
+    return sorted(chosen)
+
+
+@pytest.mark.parametrize("dtype", FLOATS)
+@pytest.mark.parametrize("n", [1, 2, 7, 33, 40])
+def test_facility_location_is_the_greedy_choice_of_exact_gains(n, dtype):
+    S = (randn(3, n, n, seed=n) * 2).round() / 4  # many ties
+    for count in (0, 1, n // 2, n):
+        chosen = reference.facility_location(S.to(dtype), count)
+        assert chosen.dtype == torch.int64 and chosen.shape == (3, count)
+        rows = [[[Fraction(v) for v in row] for row in each] for each in S.tolist()]
+        assert chosen.tolist() == [python_facility_location(each, count) for each in rows]
+
+
+def test_facility_location_of_no_tokens_is_empty():
+    assert reference.facility_location(torch.zeros(2, 0, 0), 0).shape == (2, 0)
 
 
 @pytest.mark.parametrize(

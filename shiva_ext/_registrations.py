@@ -377,3 +377,15 @@ def _scatter_mean_backward(ctx, grad):
 
 
 register_autograd("shiva::scatter_mean", _scatter_mean_backward, setup_context=_scatter_mean_setup)
+
+
+# facility_location
+
+
+@register_fake("shiva::facility_location")
+def _(similarity, count):
+    shape = list(similarity.shape)
+    _check(similarity.dim() == 3, "facility_location", f"similarity must have 3 dimensions, got shape {shape}")
+    torch._check(count >= 0)
+    torch._check(count <= similarity.shape[1])
+    return similarity.new_empty((similarity.shape[0], count), dtype=torch.int64)

@@ -191,3 +191,19 @@ def scatter_mean(x: Tensor, position: Tensor, num_groups: int) -> Tensor:
         [B,M,D].
     """
     return _ops.scatter_mean(x, position, num_groups)
+
+
+def facility_location(similarity: Tensor, count: int) -> Tensor:
+    """Greedy choice of the tokens D that stand for all: maximises sum_i max_{j in D} S_ij. Not differentiable.
+
+    Each step takes the column that gains most, ``sum_i max(S_ij - max_{d in D} S_id, 0)``, at first over -1. Gains are
+    computed in float64; equal gains take the smaller index; a NaN counts as the largest gain.
+
+    Args:
+        similarity: S, [B,n,n].
+        count: size of D, 0 <= count <= n.
+
+    Returns:
+        int64 [B,count], ascending.
+    """
+    return _ops.facility_location(similarity, count)

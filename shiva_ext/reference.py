@@ -21,6 +21,7 @@ from torch.autograd.function import once_differentiable
 __all__ = [
     "counterfactual_scatter",
     "counterfactual_scatter_backward",
+    "facility_location",
     "gather_modulate",
     "residual_gate",
     "residual_gate_backward",
@@ -332,3 +333,43 @@ def scatter_mean(x: Tensor, position: Tensor, num_groups: int) -> Tensor:
     total = wide.new_zeros(B, num_groups, D).scatter_add(1, _rows(position, D), wide)
     count = wide.new_zeros(B, num_groups).scatter_add(1, position.long(), torch.ones_like(wide[..., 0]))
     return (total / count.clamp_min(1).unsqueeze(-1)).to(x.dtype)
+
+
+def _sum_of_rows(x: Tensor) -> Tensor:
+    """The sum over the rows of x [B,n,m], in the order that the native kernels keep.
+
+    Row i is added to partial sum i % 32, and these are added up in halves: so that equal columns have equal sums
+    everywhere.
+    """
+    n, half = x.shape[1], 16
+    partial = F.pad(x, (0, 0, 0, -n % 32)).unflatten(1, (-1, 32)).cumsum(dim=1)[:, -1]
+    while half:
+        partial, half = partial[:, :half] + partial[:, half:], half // 2
+    return partial[:, 0]
+
+
+def facility_location(similarity: Tensor, count: int) -> Tensor:
+    """Greedy choice of the tokens D that stand for all: maximises sum_i max_{j in D} S_ij.
+
+    The first is the column of the largest sum over ``S + 1`` (no cosine is less than -1), each further one gains most:
+    ``sum_i max(S_ij - max_{d in D} S_id, 0)``. For S >= 0 that is within 1 - 1/e of the best choice. Equal gains take
+    the smaller index; a NaN counts as the largest gain. Gains are computed in float64. Not differentiable.
+
+    Args:
+        similarity: S, [B,n,n]: how well token j stands for token i.
+        count: size of D, 0 <= count <= n.
+
+    Returns:
+        int64 [B,count], ascending.
+    """
+    S = similarity.detach().double()
+    covered = torch.full_like(S[:, :, :1], -1.0)
+    taken = S.new_zeros(S.shape[:2], dtype=torch.bool)
+    chosen = [taken.new_empty((len(S), 0), dtype=torch.int64)]
+    for _ in range(count):
+        gain = _sum_of_rows((S - covered).relu())
+        best = gain.masked_fill(taken, -1.0).argmax(dim=1, keepdim=True)
+        chosen.append(best)
+        taken = taken.scatter(1, best, True)
+        covered = torch.maximum(covered, S.gather(2, best[:, None].expand(-1, S.shape[1], -1)))
+    return torch.cat(chosen, dim=1).sort(dim=1).values

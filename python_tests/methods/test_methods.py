@@ -16,7 +16,7 @@ import shiva_ext
 from shiva_ext.methods import IBTM, METHODS, SDTM, ToFu, ToMA, ToMeSD
 from shiva_ext.methods.memory import RunMemory
 from shiva_ext.methods.partition import best_destination, partition
-from shiva_ext.methods.toma import facility_location, tiles_of_tokens
+from shiva_ext.methods.toma import tiles_of_tokens
 from shiva_ext.selection import RandomSelector
 from shiva_ext.selection.baselines import hash_rows
 
@@ -185,28 +185,6 @@ def test_importance_is_the_mean_change_by_guidance_on_the_grid():
     wanted = torch.zeros(1, 16)
     wanted[0, 0] = 3.0
     torch.testing.assert_close(memory.get("importance"), wanted)
-
-
-def test_facility_location_is_best_for_one_and_good_for_more():
-    torch.manual_seed(0)
-    for n in (4, 8):
-        unit = nn.functional.normalize(torch.randn(20, n, 5), dim=-1)
-        S = unit @ unit.transpose(1, 2)
-        best = S.sum(dim=1).argmax(dim=-1)  # one column stands for all
-        assert torch.equal(facility_location(S, 1)[:, 0], best)
-        S = S.clamp_min(0)  # the bound is for gains from nothing
-        for count in (2, 3):
-            combinations = torch.combinations(torch.arange(n), count)
-            optimum = S[:, :, combinations].amax(dim=-1).sum(dim=1).amax(dim=-1)
-            chosen = facility_location(S, count)
-            value = S.gather(2, chosen[:, None].expand(-1, n, -1)).amax(dim=-1).sum(dim=1)
-            assert (value >= (1 - 1 / math.e) * optimum - 1e-5).all()
-            assert (chosen.diff(dim=-1) > 0).all()
-
-
-def test_facility_location_never_takes_a_token_twice():
-    same = torch.ones(2, 6, 6)
-    assert facility_location(same, 6).tolist() == [[0, 1, 2, 3, 4, 5]] * 2
 
 
 def test_toma_assigns_every_token_wholly_and_tiles_are_permutations():

@@ -292,6 +292,9 @@ OPS = {
         leaves=("x",),
         terms=lambda size: size.N,
     ),
+    "facility_location": Op(
+        "facility_location", lambda m: {"similarity": m.floats(m.N, m.N), "count": m.k if m.N < 100 else min(m.k, 3)}
+    ),
 }
 DIFFERENTIABLE = {key: op for key, op in OPS.items() if op.leaves}
 INDEXED = [key for key, op in DIFFERENTIABLE.items() if op.name not in ("soft_rank", "router_score")]

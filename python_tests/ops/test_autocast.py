@@ -29,6 +29,11 @@ def test_selection_sees_the_scores_it_was_given():
     assert kept.tolist() == [[0, 1, 2, 3, 4]]
 
 
+def test_facility_location_sees_the_similarity_it_was_given():
+    similarity = torch.eye(50, device=DEVICE)[None] * (1 + torch.arange(50.0, device=DEVICE) * 1e-6)
+    assert ops.facility_location(similarity, 5).tolist() == [[45, 46, 47, 48, 49]]
+
+
 @pytest.mark.parametrize("dtype", [F32, BF16, F64], ids=str)
 def test_soft_rank_runs_in_float32_on_the_scores_it_was_given(dtype):
     scores = Maker(TYPICAL, dtype).scores()

@@ -23,6 +23,7 @@ TENSORS = {
     "gather_modulate": ("x", "index", "shift", "scale"),
     "scatter_residual": ("base", "index", "update", "gate"),
     "scatter_mean": ("x", "position"),
+    "facility_location": ("similarity",),
 }
 INDICES = ("index", "kept", "position")
 ARGUMENTS = [(op, name) for op, names in TENSORS.items() for name in names]
@@ -46,6 +47,7 @@ MISMATCHES = [
     *[("scatter_residual", "update", d) for d in (0, 1, 2)],
     *[("scatter_residual", "gate", d) for d in (0, 1)],
     *[("scatter_mean", "position", d) for d in (0, 1)],
+    *[("facility_location", "similarity", d) for d in (1, 2)],
 ]
 # op, argument: it must have the dtype of the op's first tensor. (The router's small vectors may be float32 instead.)
 SAME_DTYPE = [
@@ -94,6 +96,13 @@ def test_a_wrong_rank_is_refused(op, name, api):
 def test_a_k_outside_0_to_N_is_refused(k, api):
     arguments = arguments_of("topk_select") | {"k": k}
     assert_refused(api, "topk_select", arguments, ("k",), str(k), str(TYPICAL.N))
+
+
+@both
+@pytest.mark.parametrize("count", [-1, TYPICAL.N + 1])
+def test_a_count_outside_0_to_n_is_refused(count, api):
+    arguments = arguments_of("facility_location") | {"count": count}
+    assert_refused(api, "facility_location", arguments, ("count",), str(count), str(TYPICAL.N))
 
 
 @both

@@ -86,6 +86,7 @@ def test_selection_carries_no_gradient():
     kept, rejected = ops.topk_select(place(torch.randn(2, 9)).requires_grad_(), 4)
     assert not kept.requires_grad
     assert not rejected.requires_grad
+    assert not ops.facility_location(place(torch.randn(2, 9, 9)).requires_grad_(), 4).requires_grad
 
 
 def test_no_gradient_flows_into_the_teacher_update():

@@ -61,6 +61,10 @@ FORMS = {
         "one large group": Size(B=2, N=1500, k=1, D=5, H=1),
         "long rows": Size(B=2, N=40, k=13, D=1544, H=1),
     },
+    "facility_location": {
+        "one block": Size(B=1, N=256, k=3, D=1, H=1),
+        **{f"{N} tokens": Size(B=1, N=N, k=3, D=1, H=1) for N in (257, 288, 300, 320, 513, 600)},
+    },
 }
 
 

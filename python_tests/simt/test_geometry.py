@@ -236,6 +236,17 @@ def test_scatter_mean_takes_a_warp_for_a_row_and_reads_vectors_where_it_can(simu
     assert found[1] == f"scatter_mean_backward_kernel<float, {width}> 3 x 256"
 
 
+def test_facility_location_takes_a_block_for_up_to_256_tokens(simulated):
+    found = launches(simulated, lambda: torch.ops.shiva_simt.facility_location(torch.randn(3, 256, 256), 2))
+    assert found == ["facility_block_kernel<float> 3 x 256"]
+
+
+def test_facility_location_takes_two_launches_a_step_for_more_tokens(simulated):
+    found = launches(simulated, lambda: torch.ops.shiva_simt.facility_location(torch.randn(2, 257, 257), 2))
+    step = ["facility_gains_kernel<float> 65 x 256", "facility_take_kernel<float> 2 x 256"]
+    assert found == ["facility_start_kernel<float> 3 x 256", *step, *step, "facility_list_kernel 2 x 256"]
+
+
 BF16 = torch.bfloat16
 
 

@@ -6,32 +6,8 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from .. import ops
 from .base import BLOCK, BlockCall, Method, SiteTokens
-
-
-def facility_location(similarity: Tensor, count: int) -> Tensor:
-    """Greedy choice of the tokens D that stand for all: maximises sum_i max_{j in D} S_ij.
-
-    The first is the column of the largest sum, each further one gains most; that is within 1 - 1/e of the best choice.
-
-    Args:
-        similarity: S, [..., n, n].
-        count: size of D, at most n.
-
-    Returns:
-        int64 [..., count], ascending.
-    """
-    covered = similarity.new_full(similarity.shape[:-1], -1.0)[..., None]  # no cosine is less
-    taken = torch.zeros_like(similarity[..., 0, :], dtype=torch.bool)
-    chosen = []
-    for _ in range(count):
-        gain = (similarity - covered).relu().sum(dim=-2)
-        best = gain.masked_fill(taken, -1.0).argmax(dim=-1, keepdim=True)
-        chosen.append(best)
-        taken = taken.scatter(-1, best, True)
-        column = similarity.gather(-1, best[..., None, :].expand(*similarity.shape[:-1], 1))
-        covered = torch.maximum(covered, column)
-    return torch.cat(chosen, dim=-1).sort(dim=-1).values
 
 
 def tiles_of_tokens(grid: tuple[int, int], tile: int, device) -> tuple[Tensor, Tensor]:
@@ -145,7 +121,7 @@ class ToMA(Method):
         T, n = tiles.shape
         unit = F.normalize(x.index_select(1, tiles.flatten()).float(), dim=-1).view(len(x), T, n, -1)
         similarity = unit @ unit.transpose(-1, -2)
-        chosen = facility_location(similarity, self._kept(n))  # [B,T,k]
+        chosen = ops.facility_location(similarity.flatten(0, 1), self._kept(n)).view(len(x), T, -1)  # [B,T,k]
         logits = similarity.gather(2, chosen[..., None].expand(*chosen.shape, n))
         destinations = tiles.expand(len(x), T, n).gather(2, chosen).flatten(1)
         leaders, rank = torch.cat([destinations, rest.expand(len(x), -1)], dim=1).sort(dim=1)
