@@ -96,7 +96,18 @@ def test_other_settings_are_other_cells(swept, model_dir, tmp_path):
 def test_the_shipped_sweep_has_four_strengths_of_every_rival():
     rows = pareto.cells()
     assert len({row.name for row in rows}) == len(rows)
-    for name in ("Shiva", "fewer steps", "ToMeSD", "ToFu", "ToMA", "IBTM", "SDTM", "random", "largest norm"):
+    for name in (
+        "Shiva",
+        "fewer steps",
+        "ToMeSD",
+        "ToFu",
+        "ToMA",
+        "IBTM",
+        "SDTM",
+        "SparseDiT",
+        "random",
+        "largest norm",
+    ):
         assert sum(row.group == name for row in rows) >= 4
     assert {"dense", "dense fine-tuned"} <= {row.group for row in rows}
 

@@ -24,6 +24,12 @@ SAMPLES = 1000
 _WHOLE = dict(sites=("block",), first_layer=1)
 _SDTM = {f"{r:g}": {"ratio": r, "swing": min(0.2, r / 2), "first_layer": 1} for r in (0.15, 0.3, 0.45, 0.6)}
 
+# Shares that the coarse grid lacks; the second is what it was trained with.
+_SPARSE = {
+    f"{high:g} to {low:g}": {"high": high, "low": low}
+    for high, low in ((0.94, 0.8), (0.89, 0.65), (0.8, 0.5), (0.6, 0.3))
+}
+
 
 def _cells(name: str, method: str, source: str, strengths: dict[str, dict], **options) -> list[Row]:
     return [
@@ -59,6 +65,7 @@ def cells(testbed: str = "fashion") -> list[Row]:
         *_cells("ToMA", "method", "toma", _ratios(*mergers)),
         *_cells("IBTM", "method", "ibtm", _ratios(*mergers), similarity="cosine", **_WHOLE),
         *_cells("SDTM", "method", "sdtm", _SDTM),
+        *_cells("SparseDiT", "artefact of a method", "sparsedit60", _SPARSE),
         *_selectors("random", "random", kept),
         *_selectors("random, last value", "random", kept, reconstruct="last"),
         *_selectors("random, nearest kept", "random", kept, reconstruct="nearest"),
