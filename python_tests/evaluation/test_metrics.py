@@ -260,6 +260,27 @@ def test_the_bootstraps_error_is_the_spread_of_new_samples():
     assert len(draws) == 200 and 1.96 * torch.tensor(draws).std().item() == pytest.approx(wanted, rel=0.25)
 
 
+def test_labels_that_were_given_are_no_chance():
+    """Two classes far apart, always half of each: the spread over fresh sets is that within the classes."""
+    torch.manual_seed(0)
+    labels = torch.arange(300) % 2
+    mean, covariance = torch.zeros(3), 30 * torch.eye(3)
+
+    def sample():
+        return torch.randn(300, 3) + 10 * labels[:, None]
+
+    fresh = [frechet_distance(*gaussian(sample()), mean, covariance) for _ in range(200)]
+    wanted = torch.tensor(fresh).std().item()
+    found = torch.tensor(bootstrap_distances(sample(), mean, covariance, 200, labels=labels)).std().item()
+    blind = torch.tensor(bootstrap_distances(sample(), mean, covariance, 200)).std().item()
+    assert found == pytest.approx(wanted, rel=0.3) and blind > 2 * wanted
+    few = torch.arange(300) % 100  # three of each: as if there were no labels
+    features = sample()
+    assert bootstrap_distances(features, mean, covariance, 5, labels=few) == bootstrap_distances(
+        features, mean, covariance, 5
+    )
+
+
 def test_equal_seeds_resample_the_same_rows():
     """Features that differ by a rotation and a shift of the reference have the same distances, draw by draw."""
     torch.manual_seed(0)

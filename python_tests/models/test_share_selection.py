@@ -105,7 +105,7 @@ def test_it_survives_a_round_trip_and_older_files_lack_it(tmp_path):
 
 
 def test_a_baseline_has_no_router_to_share():
-    with pytest.raises(ValueError, match="share_selection .* for artefacts"):
+    with pytest.raises(ValueError, match="share_selection .* for Shiva's artefacts"):
         shiva_ext.enable(make_model(), RandomSelector(0.5), share_selection=True)
 
 

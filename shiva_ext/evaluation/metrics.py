@@ -192,11 +192,13 @@ def bootstrap_distances(
         draws: resamples of M.
         seed: of the resampling.
         labels: int64 [M], what was asked for. Samples are then drawn among those of the same label: how many there are
-            of each was no chance.
+            of each was no chance. With fewer than ten of a label that would hide their spread, and they are drawn
+            among all.
     """
     generator = torch.Generator().manual_seed(seed)
-    labels = torch.zeros(len(features), dtype=torch.int64) if labels is None else labels
-    strata = [torch.nonzero(labels == label)[:, 0] for label in labels.unique()]
+    strata = [torch.arange(len(features))]
+    if labels is not None and labels.unique(return_counts=True)[1].min() >= 10:
+        strata = [torch.nonzero(labels == label)[:, 0] for label in labels.unique()]
     found = []
     for _ in range(draws):
         rows = torch.cat([own[torch.randint(len(own), (len(own),), generator=generator)] for own in strata])
