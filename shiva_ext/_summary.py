@@ -81,7 +81,7 @@ def _tokens(state: hooks.SelectionState, layer: int, N: int, step: int, steps: i
     if state.method is None:
         return state.tokens(layer, N)
     if isinstance(state.method, TrainedMethod):
-        found = state.method.processed(state.selector.weights, layer, N, state.sigma, step / steps)
+        found = state.method.processed(state.selector.weights, layer, N, state.sigma)
     else:
         found = state.method.tokens(layer, N, step, steps)
     return N if found == (N, N) else found

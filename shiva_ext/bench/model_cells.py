@@ -10,9 +10,15 @@ ARTEFACT, MERGER, RANDOM = "artefact", "merger", "random"
 BUDGETS = (0.8, 0.7, 0.6, 0.5)  # mean share of the tokens that the artefact keeps
 KEPT = (0.9, 0.8, 0.7, 0.6)
 MERGED = (0.1, 0.25, 0.4, 0.5)
+SDTM_RATIOS = (0.15, 0.3, 0.45, 0.6)
 FEWER = (0.8, 0.7, 0.6, 0.5)  # share of the steps
 # Around whole blocks, the first of them dense: it saves the most, and works for every family whose grid is known.
-_WHOLE = {"sites": ("block",), "first_layer": 1}
+WHOLE = {"sites": ("block",), "first_layer": 1}
+
+
+def swing(ratio: float) -> float:
+    """SDTM's setting of this name for a ratio."""
+    return min(0.2, ratio / 2)
 
 
 @dataclass(frozen=True)
@@ -57,11 +63,11 @@ def cells(steps: int, layers: int, artefact: bool) -> list[Cell]:
     def merger(name: str, ratio: float, **options) -> Cell:
         return Cell(f"{name} {ratio:g}", name, steps, MERGER, tuple(({"ratio": ratio} | options).items()))
 
-    found += [merger("ToMeSD", r, **_WHOLE) for r in MERGED]
-    found += [merger("ToFu", r, depth=layers // 2, **_WHOLE) for r in MERGED]
+    found += [merger("ToMeSD", r, **WHOLE) for r in MERGED]
+    found += [merger("ToFu", r, depth=layers // 2, **WHOLE) for r in MERGED]
     found += [merger("ToMA", r) for r in MERGED]
-    found += [merger("IBTM", r, similarity="cosine", **_WHOLE) for r in MERGED]
-    found += [merger("SDTM", r, swing=min(0.2, r / 2), first_layer=1) for r in (0.15, 0.3, 0.45, 0.6)]
+    found += [merger("IBTM", r, similarity="cosine", **WHOLE) for r in MERGED]
+    found += [merger("SDTM", r, swing=swing(r), first_layer=1) for r in SDTM_RATIOS]
     return found + [Cell(f"random {r:g}", "random", steps, RANDOM, (("ratio", r),)) for r in KEPT]
 
 

@@ -23,6 +23,7 @@ from ..api import find_transformer
 from ..evaluation.image_metric import fingerprint
 from ..models import adapter_for
 from ..testbed.figures import draw_grid, kept_share
+from ..testbed.report import write_text
 from ..testbed.rows import Dense, Enabled
 from .model_cells import ARTEFACT, MERGER, Cell
 
@@ -267,9 +268,7 @@ def hash_of(settings) -> str:
 def write_json(file: Path, content) -> None:
     """Write a file whole or not at all."""
     file.parent.mkdir(parents=True, exist_ok=True)
-    temporary = file.with_suffix(".tmp")
-    temporary.write_text(json.dumps(content, indent=1) + "\n")
-    os.replace(temporary, file)
+    write_text(file, json.dumps(content, indent=1) + "\n")
 
 
 def _save(image: Image.Image, file: Path) -> None:

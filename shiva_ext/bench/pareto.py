@@ -14,15 +14,15 @@ import torch
 from ..evaluation.metrics import bootstrap_distances, ssim
 from ..evaluation.pareto import DEVIATIONS
 from ..testbed.figures import draw_grid
-from ..testbed.report import SHOWN, Study
+from ..testbed.report import SHOWN, Study, write_text
 from ..testbed.rows import Row
+from .model_cells import KEPT, MERGED, SDTM_RATIOS, WHOLE, swing
 from .pareto_page import OURS, draw, write_page
 
 STEPS = 10
 SAMPLES = 1000
-# Of the mergers: what runs best on the testbed. The first block is dense in all, as in Shiva.
-_WHOLE = dict(sites=("block",), first_layer=1)
-_SDTM = {f"{r:g}": {"ratio": r, "swing": min(0.2, r / 2), "first_layer": 1} for r in (0.15, 0.3, 0.45, 0.6)}
+# The first block is dense in all mergers, as in Shiva.
+_SDTM = {f"{r:g}": {"ratio": r, "swing": swing(r), "first_layer": 1} for r in SDTM_RATIOS}
 
 # Shares that the coarse grid lacks; the second is what it was trained with.
 _SPARSE = {
@@ -52,24 +52,22 @@ def cells(testbed: str = "fashion") -> list[Row]:
     """A testbed's cells; ``group`` is the method, the name's end its strength."""
     if testbed == "emoji":
         return _emoji_cells()
-    mergers = (0.1, 0.25, 0.4, 0.5)
-    kept = (0.9, 0.8, 0.7, 0.6)
     return [
         Row("dense", steps=STEPS, group="dense"),
         *(Row(f"fewer steps {steps}", steps=steps, group="fewer steps") for steps in (8, 7, 6, 5)),
         Row("dense fine-tuned", "artefact", "dense_finetuned", steps=STEPS, group="dense fine-tuned"),
         *_cells(OURS, "artefact", "shiva80", {"80 %": {}}),
         *_cells(OURS, "artefact", "shiva60", {"70 %": {"budget": 0.7}, "60 %": {}, "50 %": {"budget": 0.5}}),
-        *_cells("ToMeSD", "method", "tomesd", _ratios(*mergers), **_WHOLE),
-        *_cells("ToFu", "method", "tofu", _ratios(*mergers), depth=3, **_WHOLE),
-        *_cells("ToMA", "method", "toma", _ratios(*mergers)),
-        *_cells("IBTM", "method", "ibtm", _ratios(*mergers), similarity="cosine", **_WHOLE),
+        *_cells("ToMeSD", "method", "tomesd", _ratios(*MERGED), **WHOLE),
+        *_cells("ToFu", "method", "tofu", _ratios(*MERGED), depth=3, **WHOLE),
+        *_cells("ToMA", "method", "toma", _ratios(*MERGED)),
+        *_cells("IBTM", "method", "ibtm", _ratios(*MERGED), similarity="cosine", **WHOLE),
         *_cells("SDTM", "method", "sdtm", _SDTM),
         *_cells("SparseDiT", "artefact of a method", "sparsedit60", _SPARSE),
-        *_selectors("random", "random", kept),
-        *_selectors("random, last value", "random", kept, reconstruct="last"),
-        *_selectors("random, nearest kept", "random", kept, reconstruct="nearest"),
-        *_selectors("largest norm", "largest_norm", kept),
+        *_selectors("random", "random", KEPT),
+        *_selectors("random, last value", "random", KEPT, reconstruct="last"),
+        *_selectors("random, nearest kept", "random", KEPT, reconstruct="nearest"),
+        *_selectors("largest norm", "largest_norm", KEPT),
         *_cells("Shiva, last value", "artefact", "shiva60", {"60 %": {}, "50 %": {"budget": 0.5}}, reconstruct="last"),
     ]
 
@@ -81,8 +79,8 @@ def _emoji_cells() -> list[Row]:
         Row("dense", steps=STEPS, group="dense"),
         *(Row(f"fewer steps {steps}", steps=steps, group="fewer steps") for steps in (8, 7, 6, 5)),
         *_cells(OURS, "artefact", "emoji60", budgets),
-        *_cells("ToMeSD", "method", "tomesd", _ratios(0.1, 0.25, 0.4, 0.5), **_WHOLE),
-        *_cells("IBTM", "method", "ibtm", _ratios(0.1, 0.25, 0.4, 0.5), similarity="cosine", **_WHOLE),
+        *_cells("ToMeSD", "method", "tomesd", _ratios(*MERGED), **WHOLE),
+        *_cells("IBTM", "method", "ibtm", _ratios(*MERGED), similarity="cosine", **WHOLE),
         *_cells("SDTM", "method", "sdtm", _SDTM),
     ]
 
@@ -91,13 +89,11 @@ def _read(file: Path) -> dict:
     return json.loads(file.read_text()) if file.is_file() else {"cells": {}}
 
 
-def _write(file: Path, content: dict) -> None:
+def write_content(file: Path, content: dict) -> None:
     file.parent.mkdir(parents=True, exist_ok=True)
-    temporary = file.with_suffix(".tmp")
     text = json.dumps(content, indent=1)
     numbers = re.compile(r"\[\s+([-\d.e,\s]+?)\s+\]")  # on one line, not a line each
-    temporary.write_text(numbers.sub(lambda found: f"[{' '.join(found[1].split())}]", text) + "\n")
-    os.replace(temporary, file)
+    write_text(file, numbers.sub(lambda found: f"[{' '.join(found[1].split())}]", text) + "\n")
 
 
 def key(study: Study, row: Row) -> str:
@@ -192,7 +188,7 @@ def run(
             study.sample(row, seed)
     for row in missing:  # all times in one stretch: other work on the machine then meets all alike
         content["cells"][key(study, row)] = measure(study, row)
-        _write(file, content)
+        write_content(file, content)
     keys = [key(study, row) for row in rows if key(study, row) in content["cells"]]
     content = {
         "command": f"shiva bench pareto --testbed {testbed} --samples {samples}"
@@ -203,15 +199,15 @@ def run(
         "guidance": study.guidance,
         "cells": {each: content["cells"][each] for each in keys},
     }
-    content["noise"] = _noise(list(content["cells"].values()))
-    _write(file, content)
+    content["noise"] = timing_noise(list(content["cells"].values()))
+    write_content(file, content)
     found = list(content["cells"].values())
     draw(found, file.with_suffix(".png"))
     write_page(content, file.with_suffix(".html"))
     return content
 
 
-def _noise(found: list[dict]) -> float | None:
+def timing_noise(found: list[dict]) -> float | None:
     """The machine's noise: the median over cells of the spread of a cell's pairs, as a share of its speed-up."""
     spreads = [(c["speed_up_range"][1] - c["speed_up_range"][0]) / c["speed_up"] for c in found if c["name"] != "dense"]
     return statistics.median(spreads) if spreads else None

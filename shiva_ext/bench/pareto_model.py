@@ -21,7 +21,7 @@ from ..testbed.figures import draw_grid
 from ..training.fit import load_pipeline
 from .model_cells import ARTEFACT, PROMPTS, Cell, cells, chosen
 from .model_study import SHOWN, ModelStudy, Refused, hash_of, write_json
-from .pareto import _noise, _write
+from .pareto import timing_noise, write_content
 from .pareto_page import draw, write_page
 
 _DTYPES = {"bfloat16": torch.bfloat16, "float16": torch.float16, "float32": torch.float32}
@@ -255,11 +255,11 @@ def run(
         "prompts": lines,
         "metrics": {metric.name: metric.identity for metric in loaded},
         "skipped": skipped,
-        "noise": _noise(list(found.values())),
+        "noise": timing_noise(list(found.values())),
         "cells": found,
     }
     file = Path(out) / f"pareto_{name}.json"
-    _write(file, content)
+    write_content(file, content)
     draw(list(found.values()), file.with_name(f"pareto_{name}.png"))
     write_page(content, file.with_name(f"pareto_{name}.html"))
     print(f"shiva bench pareto: {len(found)} cells in {file}, the page beside it")

@@ -173,7 +173,8 @@ def _duels(found: list[dict]) -> str:
         rows.append(_row((html.escape(rival), text)))
     head = (
         "<h2>At equal time</h2><p>Better and worse: the 95 % interval of the difference, with the same images "
-        "resampled of both, which come from the same noise, leaves out 0.</p>"
+        "resampled of both, which come from the same noise, leaves out 0. A trained method has one "
+        "training, whose own chance is in no interval.</p>"
     )
     return f"{head}<table>{''.join(rows)}</table>"
 

@@ -110,7 +110,7 @@ class DiffCR(TrainedMethod):
         """Tokens that a bin keeps."""
         return min(math.ceil(share * N - 1e-6), N)
 
-    def processed(self, weights: DiffCRWeights, layer: int, N: int, sigma: float, progress: float) -> SiteTokens:
+    def processed(self, weights: DiffCRWeights, layer: int, N: int, sigma: float) -> SiteTokens:
         k = self.count(N, self.nearest_bin(weights, layer, sigma)) if layer >= self.first_layer else N
         return SiteTokens(k, k)
 

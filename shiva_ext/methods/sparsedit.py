@@ -70,8 +70,8 @@ class SparseDiT(TrainedMethod):
     """Token sparsification in space and time (arXiv 2412.06028; code github.com/changsn/SparseDiT, without schedule).
 
     The image's tokens are averaged to a coarser grid, which attends to the fine one; some blocks run on it; then it is
-    spread and added to the fine one, which attends to it. The grid is coarsest in the first quarter of the sampling
-    and grows linearly from there.
+    spread and added to the fine one, which attends to it. The grid is coarsest in the first quarter of the noise
+    levels, from pure noise on, and grows linearly from there.
 
     Attributes:
         high, low: share of the tokens that the coarse grid lacks, in the first quarter and at the end. Published for
@@ -139,7 +139,7 @@ class SparseDiT(TrainedMethod):
         return weights
 
     def rate(self, progress: float) -> float:
-        """Share of the tokens that the coarse grid lacks, at a share of the sampling that is done."""
+        """Share of the tokens that the coarse grid lacks, at a place in the sampling: 1 - the noise level."""
         if progress < 0.25:
             return self.high
         return (4 - 4 * progress) / 3 * self.high + (4 * progress - 1) / 3 * self.low
@@ -161,7 +161,7 @@ class SparseDiT(TrainedMethod):
             return self._generate(call)
         if role == RECOVER:
             return self._recover(call, stretch[0])
-        return call.run(call.x)
+        return call.dense()
 
     def _generate(self, call: BlockCall):
         coarse = self.coarse_grid(call.grid, 1 - call.sigma)
@@ -182,7 +182,7 @@ class SparseDiT(TrainedMethod):
         table = _positions(call.x.shape[-1], grid, max(call.grid)).to(call.x.device)
         return (call.weights.position[str(call.layer)] * table).to(call.x.dtype)[None]
 
-    def processed(self, weights: SparseWeights, layer: int, N: int, sigma: float, progress: float) -> SiteTokens:
+    def processed(self, weights: SparseWeights, layer: int, N: int, sigma: float) -> SiteTokens:
         side = round(N**0.5)
         height, width = self.coarse_grid((side, side), 1 - sigma)
         return SiteTokens(*[height * width if weights.roles[layer] in (GENERATE, SPARSE) else N] * 2)

@@ -70,8 +70,8 @@ class TrainedMethod(Method):
     def tokens(self, layer: int, N: int, step: int, steps: int) -> SiteTokens:
         return SiteTokens(N, N)
 
-    def processed(self, weights: nn.Module, layer: int, N: int, sigma: float, progress: float) -> SiteTokens:
-        """Tokens that a block's attention and MLP process at a noise level and place in the run.
+    def processed(self, weights: nn.Module, layer: int, N: int, sigma: float) -> SiteTokens:
+        """Tokens that a block's attention and MLP process at a noise level in [0, 1].
 
         All of them where the image decides, too: an upper bound.
         """

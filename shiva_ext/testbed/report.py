@@ -30,7 +30,8 @@ VERSION = 2
 SHOWN = 6  # images whose kept tokens are drawn
 
 
-def _write(file: Path, text: str) -> None:
+def write_text(file: Path, text: str) -> None:
+    """Write a file whole or not at all."""
     temporary = file.with_suffix(".tmp")
     temporary.write_text(text)
     os.replace(temporary, file)
@@ -158,7 +159,7 @@ class Study:
         result["settings"] = self.settings(row) | {"seed": seed}
         save_file({"images": images}, file.with_suffix(".safetensors"))
         draw_grid(images.float(), file.with_suffix(".png"))
-        _write(file, json.dumps(result, indent=1))
+        write_text(file, json.dumps(result, indent=1))
         return result
 
     def _measured_flops(self, transformer, prompts, labels: torch.Tensor, noise: torch.Tensor, steps: int) -> float:
@@ -218,7 +219,7 @@ class Study:
             "speed_up": statistics.median(dense / mine for dense, mine in pairs),
             "pairs": pairs,
         }
-        _write(file, json.dumps(result, indent=1))
+        write_text(file, json.dumps(result, indent=1))
         return result
 
     def resolve(self, row: Row, rows: list[Row]) -> Row:
@@ -325,7 +326,7 @@ def report(
     content["settings"]["dtype"] = str(study.dtype)
     out_dir = Path(out_dir)
     out_dir.mkdir(parents=True, exist_ok=True)
-    _write(out_dir / "testbed.json", json.dumps(content, indent=1) + "\n")
+    write_text(out_dir / "testbed.json", json.dumps(content, indent=1) + "\n")
     draw_report(lines, [study.images(row, 0)[:10] for row in rows], out_dir / "testbed.png")
     print_table(lines)
     return content

@@ -7,7 +7,9 @@ from pathlib import Path
 
 import yaml
 
-METHODS = ("shiva", "diffcr", "dydit", "sparsedit")
+from shiva_ext.methods import TRAINED
+
+METHODS = ("shiva", *TRAINED)
 # All attention and MLP linears of the blocks, of both streams.
 ADAPTER_TARGETS = (
     r"(.*\.)?\w*blocks\.\d+\.(.*\.)?"
