@@ -10,10 +10,12 @@ if TYPE_CHECKING:
     from ._summary import summary
     from .api import Handle, disable, enable, get_handle
     from .artifact import ShivaArtifact, load, save
+    from .cached import CacheHandle
     from .method_artifact import MethodArtifact
 
 # The ops alone need only torch; what needs diffusers is imported when it is first used.
 _LAZY = {
+    "CacheHandle": "cached",
     "Handle": "api",
     "disable": "api",
     "enable": "api",
@@ -24,9 +26,10 @@ _LAZY = {
     "save": "artifact",
     "summary": "_summary",
 }
-_SUBMODULES = ("bench", "evaluation", "methods", "models", "selection", "testbed", "training")
+_SUBMODULES = ("bench", "caches", "evaluation", "methods", "models", "selection", "testbed", "training")
 
 __all__ = [
+    "CacheHandle",
     "Handle",
     "MethodArtifact",
     "ShivaArtifact",

@@ -1,12 +1,14 @@
 """What an enabled model keeps, layer by layer and step by step, and what that saves."""
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 from . import hooks
-from .api import get_handle
+from .api import Handle, find_handle, find_transformer
+from .cached import CacheHandle, get_cache
 from .evaluation.overhead import share_of_ops
 from .methods.trained import TrainedMethod
+from .models import adapter_for
 
 
 @dataclass(frozen=True)
@@ -23,6 +25,7 @@ class Summary:
         hooked: hooked layers.
         wrapped: why hooked blocks do not run in their fused form, by layer; empty if all do.
         note: what the numbers do not say, if anything.
+        cache: what the model's cache is, did in the last run and holds, if there is one.
         op_shares: share of the time that each of the package's ops took, if a run was measured, else None.
     """
 
@@ -35,10 +38,13 @@ class Summary:
     wrapped: dict[int, str] = field(default_factory=dict)
     op_shares: dict[str, float] | None = None
     note: str = ""
+    cache: str = ""
 
     @property
     def mean_ratio(self) -> float:
         """Mean share of tokens kept in the pruned layers."""
+        if not self.hooked:
+            return 1.0
         first = len(self.kept[0]) - self.hooked
         cells = [k for row in self.kept for k in row[first:]]
         return sum(cells) / len(cells) / self.num_tokens
@@ -64,6 +70,7 @@ class Summary:
             f"{self.dense_flops / 1e9:.3f} GFLOPs a step ({self.flop_speedup:.2f}x), "
             f"{len(set(self.kept))} different sets of token counts",
             *([self.note] if self.note else []),
+            *([self.cache] if self.cache else []),
             self._fused(),
             "sigma  " + " ".join(f"L{layer:<4}" for layer in layers),
         ]
@@ -87,6 +94,20 @@ def _tokens(state: hooks.SelectionState, layer: int, N: int, step: int, steps: i
     return N if found == (N, N) else found
 
 
+def _describe(handle: CacheHandle) -> str:
+    """A cache in one line."""
+    state, cache = handle.state, handle.cache
+    parts = [f"cache: {cache}, {handle.num_hooked} modules hooked" if handle.num_hooked else f"cache: {cache}"]
+    if state.last is not None:
+        computed, reused = state.last
+        parts.append(f"{computed} of {computed + reused} calls of the blocks computed in the last run")
+    elif cache.steps is not None and hasattr(cache, "computed"):
+        parts.append(f"{cache.computed(cache.steps)} of {cache.steps} steps compute everything")
+    parts.append(f"at most {handle.peak_bytes / 2**20:.2f} MiB stored so far")
+    parts.append("the operations below are those of a step that computes")
+    return "; ".join(parts)
+
+
 def summary(
     pipe_or_transformer,
     num_tokens: int | None = None,
@@ -94,7 +115,7 @@ def summary(
     text_tokens: int = 77,
     run: Callable[[], object] | None = None,
 ) -> Summary:
-    """Kept and total tokens and operations of an enabled model.
+    """Kept and total tokens and operations of an enabled model, and its cache.
 
     Args:
         pipe_or_transformer: what :func:`shiva_ext.enable` was called on.
@@ -110,13 +131,29 @@ def summary(
         RuntimeError: the model is not enabled.
         ValueError: there are no steps, or a noise level is outside [0, 1].
     """
-    handle = get_handle(pipe_or_transformer)
-    state = handle.state
+    transformer = find_transformer(pipe_or_transformer)
+    handle, cached = find_handle(transformer), get_cache(transformer)
+    if handle is None and cached is None:
+        raise RuntimeError("shiva_ext is not enabled on this model; call shiva_ext.enable(pipe, source) first")
+    adapter = adapter_for(transformer)
     if num_tokens is None:
-        num_tokens = state.adapter.num_tokens(handle.transformer)
+        num_tokens = adapter.num_tokens(transformer)
     sigmas = [1 - i / steps for i in range(steps)] if isinstance(steps, int) else list(steps)
     if not sigmas:
         raise ValueError(f"shiva_ext: steps is {steps!r}, wanted at least one noise level")
+    shares = None if run is None else share_of_ops(run)
+    dense = adapter.forward_flops(transformer, text_tokens, num_tokens)
+    found = Summary(num_tokens, tuple(sigmas), (), (), dense, 0, op_shares=shares)
+    if cached is not None:
+        found = replace(found, cache=_describe(cached))
+    if handle is None:
+        every = (num_tokens,) * len(adapter.blocks(transformer))
+        return replace(found, kept=(every,) * len(sigmas), flops=(dense,) * len(sigmas))
+    return _of_selection(found, handle, text_tokens)
+
+
+def _of_selection(found: Summary, handle: Handle, text_tokens: int) -> Summary:
+    state, transformer, sigmas, num_tokens = handle.state, handle.transformer, found.sigmas, found.num_tokens
     before = (state.sigma, state.quota, state.fixed)
     kept = []
     try:
@@ -129,24 +166,18 @@ def summary(
     router = getattr(state.selector, "router", None)
     width = 0 if router is None else router.config.hidden
 
-    dim = state.adapter.dims(handle.transformer)["dim"]
+    dim = state.adapter.dims(transformer)["dim"]
 
     def flops(row):
         pruned = {layer: k for layer, k in enumerate(row) if k != num_tokens}
-        total = state.adapter.forward_flops(
-            handle.transformer, text_tokens, num_tokens, pruned, width, state.choosing(pruned)
-        )
+        total = state.adapter.forward_flops(transformer, text_tokens, num_tokens, pruned, width, state.choosing(pruned))
         return total + (0 if state.method is None else len(pruned) * state.method.matching_flops(num_tokens, dim))
 
-    shares = None if run is None else share_of_ops(run)
-    return Summary(
-        num_tokens,
-        tuple(sigmas),
-        tuple(tuple(k if isinstance(k, int) else min(k) for k in row) for row in kept),
-        tuple(flops(row) for row in kept),
-        state.adapter.forward_flops(handle.transformer, text_tokens, num_tokens),
-        handle.num_hooked,
-        hooks.wrapped_blocks(handle.transformer, state),
-        shares,
-        getattr(state.method, "note", ""),
+    return replace(
+        found,
+        kept=tuple(tuple(k if isinstance(k, int) else min(k) for k in row) for row in kept),
+        flops=tuple(flops(row) for row in kept),
+        hooked=handle.num_hooked,
+        wrapped=hooks.wrapped_blocks(transformer, state),
+        note=getattr(state.method, "note", ""),
     )

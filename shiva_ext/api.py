@@ -13,6 +13,9 @@ from torch import Tensor, nn
 from . import hooks
 from .adapter_weights import MergedAdapter
 from .artifact import BaselineSource, MethodSource, ShivaArtifact, load
+from .cached import CacheHandle, cache_taken_off, enable_cache, get_cache
+from .caches import Cache, DiffusersCache, load_cache
+from .caches.from_diffusers import CONFIGS
 from .method_artifact import MethodArtifact
 from .methods import Method, TrainedMethod
 from .models import adapter_for
@@ -87,10 +90,13 @@ class Handle:
 
     def disable(self) -> None:
         """Restore the model bit for bit. Harmless if done before."""
-        while self._undo:
-            self._undo.pop()()
-        if getattr(self.transformer, _HANDLE, None) is self:
-            delattr(self.transformer, _HANDLE)
+        with cache_taken_off(self.transformer) as cached:
+            while self._undo:
+                self._undo.pop()()
+            if getattr(self.transformer, _HANDLE, None) is self:
+                delattr(self.transformer, _HANDLE)
+                if cached is not None:
+                    cached.state.selection = None
 
     def __enter__(self) -> "Handle":
         return self
@@ -206,8 +212,11 @@ def enable(
     fused: bool = True,
     reconstruct: str = IDENTITY,
     component: str = "transformer",
-) -> Handle:
-    """Make a model process only the tokens that matter.
+) -> Handle | CacheHandle:
+    """Make a model process only the tokens that matter, or compute only the steps that do.
+
+    A selection of tokens and a cache are enabled by a call each, in any order, and work together; a second selection
+    replaces the first, and a second cache the first cache.
 
     Args:
         pipe_or_transformer: a diffusers pipeline, or its transformer. With a pipeline the noise levels and guidance are
@@ -215,7 +224,9 @@ def enable(
             enable the one that runs next.
         source: an artefact's folder or hub id, a :class:`ShivaArtifact`, or a selector from
             :mod:`shiva_ext.selection` such as ``RandomSelector(0.6)``, or a method of :mod:`shiva_ext.methods` such as
-            ``ToMeSD(0.5)``.
+            ``ToMeSD(0.5)``. Or a cache: of :mod:`shiva_ext.caches` such as ``FORA(2)``, a ``.json`` file that ``shiva
+            calibrate`` has written, or a cache config of diffusers; all further arguments but ``batched_guidance`` and
+            ``component`` are for selections.
         ratio: keep this share of the tokens in every layer and step instead of the learned schedule; 1 is dense.
         budget: keep the learned schedule's form, but move it to this mean share, without training. The token counts
             of all steps and layers then meet it to within one tile (of every step that shares it), at the model's own
@@ -245,7 +256,7 @@ def enable(
             ``transformer_2``, and each wants an artefact of its own. :func:`disable` restores both.
 
     Returns:
-        A :class:`Handle`; use it as a context manager to disable at the end. Enabling again replaces what was enabled.
+        A :class:`Handle`, or for a cache a :class:`CacheHandle`; use it as a context manager to disable it at the end.
 
     Raises:
         TypeError: an unknown model family or source.
@@ -253,12 +264,25 @@ def enable(
         RuntimeError: no block was hooked.
     """
     transformer = find_transformer(pipe_or_transformer, component)
-    second = getattr(pipe_or_transformer, "transformer_2", None)
-    if component == "transformer" and second is not None and not hasattr(second, _HANDLE):
+    second, cache = getattr(pipe_or_transformer, "transformer_2", None), _as_cache(source)
+    done = second is None or hasattr(second, _HANDLE) if cache is None else get_cache(second) is not None
+    if component == "transformer" and second is not None and not done:
         warnings.warn(
             "shiva_ext: the pipeline has a second transformer, for its low noise levels, which stays dense until "
             "enable(pipe, ..., component='transformer_2')",
             stacklevel=2,
+        )
+    if cache is not None:
+        given = (ratio, budget, tile, sigmas, max_distinct_k, share_selection)
+        if any(each is not None for each in given) or not (adapter and fused) or reconstruct != IDENTITY:
+            raise ValueError(
+                f"shiva_ext: {cache.name} selects no tokens; ratio, budget, tile, sigmas, max_distinct_k, "
+                "share_selection, adapter, fused and reconstruct are for selections, which are enabled by a call of "
+                "their own"
+            )
+        selection = find_handle(transformer)
+        return enable_cache(
+            pipe_or_transformer, transformer, cache, batched_guidance, None if selection is None else selection.state
         )
     for name, value in (("tile", tile), ("max_distinct_k", max_distinct_k)):
         if value is not None and value < 1:
@@ -271,50 +295,73 @@ def enable(
             f"shiva_ext: {type(source).__name__} gives every token a value of its own; reconstruct is for selectors, "
             "which leave tokens out"
         )
-    _disable(transformer)
     router = getattr(selector, "router", None)
     device = next(transformer.parameters()).device
     # On meta are the weights of an offloaded model.
     if router is not None and device.type != "meta" and next(router.parameters()).device != device:
         router.to(device)
     state = hooks.SelectionState(selector, adapter_for(transformer), tile, bool(batched_guidance), fused, reconstruct)
+    if (cached := get_cache(transformer)) is not None:
+        cached.cache.check_selection(state)
     handle = Handle(transformer, state)
-    try:
-        if adapter and getattr(selector, "adapter", None) is not None:
-            merged = MergedAdapter(transformer, Path(selector.adapter))
-            handle._undo.append(merged.remove)
-        handle._undo.append(lambda: hooks.detach(transformer))
-        handle.num_hooked = hooks.attach(transformer, state)
-        if pipe_or_transformer is not transformer and hasattr(pipe_or_transformer, "scheduler"):
-            state.watch = SchedulerWatch(pipe_or_transformer, state, batched_guidance)
-            handle._undo.append(state.watch.remove)
-    except BaseException:
-        handle.disable()
-        raise
-    setattr(transformer, _HANDLE, handle)
+    with cache_taken_off(transformer):
+        _disable_selection(transformer)
+        try:
+            if adapter and getattr(selector, "adapter", None) is not None:
+                merged = MergedAdapter(transformer, Path(selector.adapter))
+                handle._undo.append(merged.remove)
+            handle._undo.append(lambda: hooks.detach(transformer))
+            handle.num_hooked = hooks.attach(transformer, state)
+            if pipe_or_transformer is not transformer and hasattr(pipe_or_transformer, "scheduler"):
+                state.watch = SchedulerWatch(pipe_or_transformer, state, batched_guidance)
+                handle._undo.append(state.watch.remove)
+        except BaseException:
+            handle.disable()
+            raise
+        setattr(transformer, _HANDLE, handle)
+        if cached is not None:
+            cached.state.selection = state
     return handle
+
+
+def _as_cache(source) -> Cache | None:
+    """The source as a cache, if it is one."""
+    if type(source) in CONFIGS:
+        return DiffusersCache(source)
+    if isinstance(source, (str, os.PathLike)) and Path(source).suffix == ".json":
+        return load_cache(source)
+    return source if isinstance(source, Cache) else None
 
 
 def disable(pipe_or_transformer) -> None:
     """Restore a model, or all of a pipeline's, bit for bit; does nothing if it was not enabled."""
-    _disable(find_transformer(pipe_or_transformer))
+    components = ["transformer"]
     if getattr(pipe_or_transformer, "transformer_2", None) is not None:
-        _disable(find_transformer(pipe_or_transformer, "transformer_2"))
+        components.append("transformer_2")
+    for component in components:
+        transformer = find_transformer(pipe_or_transformer, component)
+        if (cached := get_cache(transformer)) is not None:
+            cached.disable()
+        _disable_selection(transformer)
 
 
-def _disable(transformer: nn.Module) -> None:
-    handle = getattr(transformer, _HANDLE, None)
-    if handle is not None:
+def _disable_selection(transformer: nn.Module) -> None:
+    if (handle := find_handle(transformer)) is not None:
         handle.disable()
 
 
+def find_handle(transformer: nn.Module) -> Handle | None:
+    """The handle of a transformer's selection, if it has one."""
+    return getattr(transformer, _HANDLE, None)
+
+
 def get_handle(pipe_or_transformer) -> Handle:
-    """The handle of an enabled model.
+    """The handle of a model on which a selection is enabled.
 
     Raises:
-        RuntimeError: it is not enabled.
+        RuntimeError: none is.
     """
-    handle = getattr(find_transformer(pipe_or_transformer), _HANDLE, None)
+    handle = find_handle(find_transformer(pipe_or_transformer))
     if handle is None:
         raise RuntimeError("shiva_ext is not enabled on this model; call shiva_ext.enable(pipe, source) first")
     return handle

@@ -1,4 +1,4 @@
-"""``shiva train | bench | report | demo | info``."""
+"""``shiva train | calibrate | bench | report | demo | info``."""
 
 import argparse
 import json
@@ -170,6 +170,42 @@ def _model_options(parser: argparse.ArgumentParser) -> list[argparse.Action]:
     ]
 
 
+def _calibrate(args) -> None:
+    from .bench.calibration import calibrate
+
+    options = {name: value for name, value in vars(args).items() if name not in ("run", "command", "what")}
+    print(calibrate(args.what, **options))
+
+
+def _add_calibrate(commands) -> None:
+    what = commands.add_parser("calibrate", help="what a cache has to know of a model, as a file for enable")
+    what = what.add_subparsers(required=True, dest="what")
+    for name, text in (
+        ("teacache", "a polynomial from the input's change to the output's, and thresholds"),
+        ("smoothcache", "which steps compute attention and MLP"),
+    ):
+        sub = what.add_parser(name, help=text)
+        sub.add_argument("--model", required=True, help="folder of a diffusers pipeline, a hub id, or fashion or emoji")
+        sub.add_argument("--revision", help="commit of a hub id")
+        sub.add_argument("--out", required=True, metavar="FILE", help="JSON file to write")
+        sub.add_argument("--steps", type=int, help="of the sampler; by default the pipeline's own, 25 on a testbed")
+        sub.add_argument("--prompts", metavar="FILE", help="a prompt a line; by default a few that ship")
+        sub.add_argument("--samples", type=int, default=70 if name == "teacache" else 10, help="pictures to make")
+        sub.add_argument("--guidance", type=float, help="by default the pipeline's own, as size")
+        sub.add_argument("--size", type=int, help="pixels of a side")
+        sub.add_argument("--dtype", default="bfloat16")
+        sub.add_argument("--device", help="by default a GPU if there is one")
+        sub.add_argument("--artefact", metavar="FOLDER", help="a selection that will run beside the cache")
+        if name == "teacache":
+            sub.add_argument("--share", type=float, default=0.5, help="of the calls that the threshold reuses")
+            sub.add_argument("--degree", type=int, default=4, help="of the polynomial, at most")
+        else:
+            sub.add_argument("--alpha", type=float, help="largest error of a reused output; or")
+            sub.add_argument("--share", type=float, help="of the steps that are computed")
+            sub.add_argument("--max-lag", type=int, default=3, help="most steps in a row that reuse")
+        sub.set_defaults(run=_calibrate)
+
+
 def _report_testbed(args) -> None:
     from .testbed.report import report
 
@@ -239,6 +275,7 @@ def parser() -> argparse.ArgumentParser:
             sub.add_argument("--control", action="store_true", help="fine-tune densely instead, as the control")
         sub.set_defaults(run=run)
 
+    _add_calibrate(commands)
     bench = commands.add_parser("bench", help="small experiments").add_subparsers(required=True, dest="what")
     sub = bench.add_parser("synthetic", help="the paper's synthetic task (A.3)")
     sub.add_argument("--seeds", type=int, default=5)

@@ -142,7 +142,8 @@ class BlockHook(ModelHook):
             return output
 
         def run(tokens: Tensor, kept: Tensor | None = None):
-            return state.adapter.call(forward, tokens, args, kwargs, kept)
+            with state.running(kept, x.shape[1]):
+                return state.adapter.call(forward, tokens, args, kwargs, kept)
 
         if state.trainer is not None:
             return state.trainer.run_block(self.layer, x, run)
@@ -156,7 +157,8 @@ class BlockHook(ModelHook):
         arguments = state.adapter.bind(forward, args, kwargs)
         reason = self.why_wrapped(module, arguments)
         if reason is None:
-            return state.adapter.call_fused(self.form, module, x, kept, arguments)
+            with state.running(kept, N):
+                return state.adapter.call_fused(self.form, module, x, kept, arguments)
         if not torch.compiler.is_compiling():
             state.wrapped[self.layer] = reason
         output = run(ops.token_gather(x, kept), kept)
@@ -246,8 +248,9 @@ class SiteHook(ModelHook):
         return replacement(module, forward, x, text)
 
 
-def _install(module: nn.Module, hook: ModelHook) -> None:
-    HookRegistry.check_if_exists_or_initialize(module).register_hook(hook, HOOK_NAME)
+def install(module: nn.Module, hook: ModelHook, name: str = HOOK_NAME) -> None:
+    """Put a hook around all that a module has."""
+    HookRegistry.check_if_exists_or_initialize(module).register_hook(hook, name)
     hook.installed = module.forward
 
 
@@ -262,10 +265,10 @@ def attach(transformer: nn.Module, state: SelectionState) -> int:
         )
     for layer, block in enumerate(blocks):
         if layer >= first_layer:
-            _install(block, BlockHook(state, layer, block))
+            install(block, BlockHook(state, layer, block))
             for module, hook in [*state.adapter.inner_hooks(block), *_site_hooks(block, state)]:
-                _install(module, hook)
-    _install(transformer, TransformerHook(state))
+                install(module, hook)
+    install(transformer, TransformerHook(state))
     return len(blocks) - first_layer
 
 
@@ -296,19 +299,24 @@ def wrapped_blocks(transformer: nn.Module, state: SelectionState) -> dict[int, s
     return found
 
 
-def detach(transformer: nn.Module) -> None:
-    """Remove this package's hooks, and every registry that only they had needed."""
+def detach(transformer: nn.Module, name: str = HOOK_NAME) -> None:
+    """Remove all hooks of a name, by default the selection's, and every registry that only they had needed."""
     for module in transformer.modules():
-        registry = getattr(module, "_diffusers_hook", None)
-        if registry is None:
-            continue
-        hook, outer = registry.get_hook(HOOK_NAME), vars(module).get("forward")
-        registry.remove_hook(HOOK_NAME, recurse=False)
-        if hook is not None and vars(module).get("_old_forward") is hook.installed:
-            # An accelerate hook, such as CPU offload, was put around ours: it stays, around what was there before.
-            module._old_forward, module.forward = module.forward, outer
-        if not registry.hooks:
-            del module._diffusers_hook
-            # remove_hook leaves the bound forward as an attribute; the class's own is the same function.
-            if "forward" in vars(module) and getattr(module.forward, "__func__", None) is type(module).forward:
-                del module.forward
+        remove(module, name)
+
+
+def remove(module: nn.Module, name: str) -> None:
+    """Remove a hook of a module, if it has one of this name. It must be the last one that was put on it."""
+    registry = getattr(module, "_diffusers_hook", None)
+    if registry is None:
+        return
+    hook, outer = registry.get_hook(name), vars(module).get("forward")
+    registry.remove_hook(name, recurse=False)
+    if hook is not None and vars(module).get("_old_forward", 0) is getattr(hook, "installed", None):
+        # An accelerate hook, such as CPU offload, was put around ours: it stays, around what was there before.
+        module._old_forward, module.forward = module.forward, outer
+    if not registry.hooks:
+        del module._diffusers_hook
+        # remove_hook leaves the bound forward as an attribute; the class's own is the same function.
+        if "forward" in vars(module) and getattr(module.forward, "__func__", None) is type(module).forward:
+            del module.forward

@@ -3,10 +3,11 @@
 import copy
 import functools
 import warnings
+from typing import Protocol
 
 from torch import Tensor
 
-from .selection_state import SelectionState
+from .models import ModelAdapter
 
 
 def _version(t: Tensor) -> int | None:
@@ -31,8 +32,29 @@ class _Announcing:
         return copy.deepcopy(self.original, memo)
 
 
+class WatchedState(Protocol):
+    """What a :class:`SchedulerWatch` tells: the state of a selection, or of a cache.
+
+    Attributes:
+        adapter: of the model's family.
+        batched_guidance: whether the batch is (unconditional, conditional).
+    """
+
+    adapter: ModelAdapter
+    batched_guidance: bool
+
+    def at(self, sigma: float) -> None:
+        """The coming step has this noise level."""
+
+    def forget(self) -> None:
+        """The run is over."""
+
+    def new_run(self) -> None:
+        """A run begins, or is over: nothing is carried on."""
+
+
 class SchedulerWatch:
-    """Tells a :class:`SelectionState` what a pipeline is about to do: the step's noise level, and whether it guides.
+    """Tells a state what a pipeline is about to do: the step's noise level, and whether it guides.
 
     The level must be a Python number before a compiled transformer runs, so it cannot be read from the timestep tensor.
 
@@ -44,7 +66,7 @@ class SchedulerWatch:
 
     METHODS = ("set_timesteps", "set_begin_index", "step")
 
-    def __init__(self, pipeline, state: SelectionState, batched_guidance: bool | None = None):
+    def __init__(self, pipeline, state: WatchedState, batched_guidance: bool | None = None):
         self.pipeline, self.state, self.batched_guidance = pipeline, state, batched_guidance
         untold = batched_guidance is None and not hasattr(type(pipeline), "do_classifier_free_guidance")
         if untold and state.adapter.guides_in_batch and state.adapter.batched_guidance({}, True):
@@ -63,7 +85,8 @@ class SchedulerWatch:
                 "transformer itself and call handle.at(sigma) before each step"
             )
         self.scheduler = self.pipeline.scheduler
-        self.levels: list[float] = []
+        self.levels: list[float] = []  # of all steps
+        self.index = 0  # of the coming one
         self.entry: Tensor | None = None  # of the scheduler's timesteps: the announced one
         for name in self.METHODS:
             if hasattr(self.scheduler, name):
@@ -83,17 +106,18 @@ class SchedulerWatch:
         if reread:
             self.levels = [min(max(t / 1000, 0.0), 1.0) for t in scheduler.timesteps.tolist()]
             self.version = _version(scheduler.timesteps)
-            self.state.memory.reset()
+            self.state.new_run()
         index = getattr(scheduler, "step_index", None)
         if index is None:
             index = getattr(scheduler, "begin_index", None) or 0
         self.entry = None
+        self.index = index
         if index < len(self.levels):
-            self.state.at(self.levels[index])
             self.entry = scheduler.timesteps[index]
+            self.state.at(self.levels[index])
         else:
             self.state.forget()  # the last step is done
-            self.state.memory.reset()
+            self.state.new_run()
         self._read_guidance()
 
     def announced(self, timestep: Tensor) -> bool:
@@ -112,7 +136,7 @@ class SchedulerWatch:
 
     def _read_guidance(self) -> None:
         if self.batched_guidance is None:
-            running = self.state.sigma is not None
+            running = self.entry is not None
             guides = running and self.state.adapter.guides_in_batch
             # Perturbed attention guidance adds a third part to the batch: there are no halves to agree.
             guides = guides and not getattr(self.pipeline, "do_perturbed_attention_guidance", False)

@@ -50,6 +50,7 @@ class SelectionState:
         scratch: what a method's blocks leave for each other in one call.
         skipped: layers that this call leaves out: skip-layer guidance.
         reconstruct: what rejected tokens get, see :mod:`shiva_ext.reconstruct`.
+        kept: while a block runs on some of its tokens: which they are [B,k], and of how many.
         chosen: for groups of layers that select together, the first of them and its indices [B,k].
         records: per call while recording, ``{"timestep", "kept": {layer: [B,k]}, "sites": {layer: names}}``; a method
             that merges names its sites.
@@ -81,6 +82,7 @@ class SelectionState:
         self.quota: tuple[int, ...] = ()
         self.conditioning: Conditioning | None = None
         self.guided = False
+        self.kept: tuple[Tensor, int] | None = None
         self.chosen: dict[int, tuple[int, Tensor]] = {}
 
     def at(self, sigma: float, fixed: bool = False) -> None:
@@ -144,6 +146,29 @@ class SelectionState:
             upper = min(lower + tile, N)
             k = lower if lower and k - lower < upper - k else upper
         return max(k, 1)
+
+    def new_run(self) -> None:
+        """A run begins or is over: nothing is carried on."""
+        self.memory.reset()
+
+    @contextmanager
+    def running(self, kept: Tensor | None, N: int):
+        """A block runs on these of its N tokens; None is all."""
+        self.kept = None if kept is None else (kept, N)
+        try:
+            yield
+        finally:
+            self.kept = None
+
+    @contextmanager
+    def rows(self, rows: Tensor):
+        """Blocks run on these samples of the batch, int64 [b], alone."""
+        whole = self.conditioning
+        self.conditioning = None if whole is None else Conditioning(*(each.index_select(0, rows) for each in whole))
+        try:
+            yield
+        finally:
+            self.conditioning = whole
 
     def group(self, layer: int) -> int | None:
         """Layers of one group select once, for all of them; None selects for itself."""

@@ -24,7 +24,7 @@ from .model_study import SHOWN, ModelStudy, Refused, hash_of, write_json
 from .pareto import timing_noise, write_content
 from .pareto_page import draw, write_page
 
-_DTYPES = {"bfloat16": torch.bfloat16, "float16": torch.float16, "float32": torch.float32}
+DTYPES = {"bfloat16": torch.bfloat16, "float16": torch.float16, "float32": torch.float32}
 _BATCH = 8  # pictures that a metric is given at a time
 _THUMBNAIL = 96  # pixels, twice what the page shows
 TO_DENSE = {"psnr": "PSNR to dense, dB, negative", "ssim": "1 - SSIM to dense"}
@@ -217,13 +217,13 @@ def run(
     lines = read_prompts(prompts)
     if samples < 1 or batch_size < 1 or (steps is not None and steps < 1):
         raise ValueError("shiva bench pareto: --samples, --batch-size and --steps are at least 1")
-    if dtype not in _DTYPES:
-        raise ValueError(f"shiva bench pareto: --dtype is {dtype!r}, wanted one of {', '.join(_DTYPES)}")
+    if dtype not in DTYPES:
+        raise ValueError(f"shiva bench pareto: --dtype is {dtype!r}, wanted one of {', '.join(DTYPES)}")
     device = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
     own = Path(cache_dir)
     ssim(*torch.zeros(2, 1, 3, 16, 16))  # its package, too, must be there before the first picture
     loaded = [load_metric(each, weights.get(each), device, real, own) for each in metrics]
-    pipe = load_pipeline(model, revision, _DTYPES[dtype]).to(device)
+    pipe = load_pipeline(model, revision, DTYPES[dtype]).to(device)
     transformer = find_transformer(pipe)
     layers = len(adapter_for(transformer).blocks(transformer))
     if steps is None:

@@ -132,6 +132,11 @@ class Method(ABC):
     first_layer: int
     sites: tuple[str, ...]
 
+    @property
+    def whole_modules(self) -> bool:
+        """Whether a block's attention and MLP are called with all tokens, and merge them inside, if at all."""
+        return BLOCK not in self.sites
+
     @abstractmethod
     def run_block(self, call: BlockCall):
         """Run one block."""

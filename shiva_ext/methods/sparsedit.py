@@ -89,6 +89,7 @@ class SparseDiT(TrainedMethod):
     first_layer: int = 0
 
     sites = (ATTENTION, MLP)
+    whole_modules = False  # some blocks run on the pooled tokens
     training_only = ("regions",)
 
     def __post_init__(self):

@@ -26,12 +26,16 @@ class ModelAdapter(ABC):
         model_class: name of the transformer's class.
         image_argument: name of the block argument that holds the image tokens [B,N,D].
         image_output: their position in the block's output tuple; None if the block returns them alone.
+        row_arguments: of the block, tensors with a row for each sample.
+        shared_arguments: of the block, what is the same for all samples.
         guides_in_batch: whether the family's pipelines guide with one call for both prompts; others make two calls.
     """
 
     model_class: str
     image_argument: str = "hidden_states"
     image_output: int | None = None
+    row_arguments: tuple[str, ...] = ("hidden_states", "encoder_hidden_states", "temb")
+    shared_arguments: tuple[str, ...] = ()
     guides_in_batch: bool = True
 
     @abstractmethod
@@ -57,6 +61,41 @@ class ModelAdapter(ABC):
         module's tokens have places of their own (rotary positions, a convolution), so that only whole blocks can merge.
         """
         return {}
+
+    def cache_sites(self, block: nn.Module) -> dict[str, list[tuple[nn.Module, tuple[str, ...]]]]:
+        """The modules of a block that do its work, by kind: "attention", "cross_attention", "mlp".
+
+        Each with what the tensors that it gives hold: "image" tokens, "text" tokens, or "joint", text before image. Its
+        first argument is ``hidden_states``, of the shape of its image tokens.
+
+        Raises:
+            TypeError: the family's adapter does not say.
+        """
+        raise TypeError(f"shiva_ext: {type(self).__name__} does not say which modules a cache can keep")
+
+    def modulated_input(self, block: nn.Module, x: Tensor, arguments: dict) -> Tensor:
+        """The image tokens x [B,N,D] at the first block's entry, normalised and modulated by the step.
+
+        Args:
+            block: the first one.
+            arguments: its call's, by name.
+
+        Raises:
+            TypeError: the family's adapter does not say.
+        """
+        raise TypeError(f"shiva_ext: {type(self).__name__} does not say how its first block modulates its input")
+
+    def rows_of(self, arguments: dict, rows: Tensor) -> dict | None:
+        """A block's arguments for some samples of the batch, int64 [b]; None if it is not known whose they are."""
+        B, narrowed = len(arguments[self.image_argument]), {}
+        for name, value in arguments.items():
+            if isinstance(value, Tensor) and name in self.row_arguments and len(value) in (1, B):
+                narrowed[name] = value if len(value) == 1 and B > 1 else value.index_select(0, rows)
+            elif value is None or isinstance(value, (bool, int, float)) or value == {} or name in self.shared_arguments:
+                narrowed[name] = value
+            else:
+                return None
+        return narrowed
 
     def grid(self, transformer: nn.Module, arguments: dict) -> tuple[int, int]:
         """Height and width of a call's image in tokens.
@@ -124,6 +163,15 @@ class ModelAdapter(ABC):
         if self.image_output is None:
             return tokens
         return (*output[: self.image_output], tokens, *output[self.image_output + 1 :])
+
+
+def adaln_single(block: nn.Module, timestep: Tensor) -> tuple[Tensor, ...]:
+    """Shift, scale and gate of attention, then of the MLP, [B,1,D] each, of a block with a table of its own.
+
+    Args:
+        timestep: [B,6D], what all blocks are given.
+    """
+    return (block.scale_shift_table[None] + timestep.reshape(len(timestep), 6, -1)).chunk(6, dim=1)
 
 
 ADAPTERS: dict[str, type[ModelAdapter]] = {}

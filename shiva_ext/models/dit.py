@@ -1,6 +1,6 @@
 """DiT (class-conditional)."""
 
-from torch import nn
+from torch import Tensor, nn
 
 from ..evaluation.flops import dit_forward_flops
 from .base import Conditioning, ModelAdapter, register
@@ -15,6 +15,7 @@ class DiTAdapter(ModelAdapter):
     """
 
     model_class = "DiTTransformer2DModel"
+    row_arguments = ("hidden_states", "timestep", "class_labels")
 
     def blocks(self, transformer: nn.Module) -> list[nn.Module]:
         return list(transformer.transformer_blocks)
@@ -28,6 +29,12 @@ class DiTAdapter(ModelAdapter):
 
     def merge_sites(self, block: nn.Module) -> dict[str, list[nn.Module]]:
         return {"attention": [block.attn1], "mlp": [block.ff], "mlp_norm": [block.norm3]}
+
+    def cache_sites(self, block: nn.Module) -> dict[str, list]:
+        return {"attention": [(block.attn1, ("image",))], "mlp": [(block.ff, ("image",))]}
+
+    def modulated_input(self, block: nn.Module, x: Tensor, arguments: dict) -> Tensor:
+        return block.norm1(x, arguments["timestep"], arguments["class_labels"], hidden_dtype=x.dtype)[0]
 
     def forward_flops(self, transformer: nn.Module, *args, **options) -> int:
         return dit_forward_flops(transformer, *args, **options)

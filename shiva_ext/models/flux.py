@@ -19,6 +19,7 @@ class FluxAdapter(PerSampleAdapter):
     """
 
     model_class = "FluxTransformer2DModel"
+    shared_arguments = ("image_rotary_emb",)
     image_output = 1
     guides_in_batch = False
 
@@ -41,6 +42,16 @@ class FluxAdapter(PerSampleAdapter):
                 "others), so there are no rows and columns to work with; this method is not for it"
             )
         return height, width
+
+    def cache_sites(self, block: nn.Module) -> dict[str, list]:
+        if hasattr(block, "proj_mlp"):  # one stream: what goes into its one projection out
+            return {"attention": [(block.attn, ("joint",))], "mlp": [(block.proj_mlp, ("joint",))]}
+        mlp = [(block.ff, ("image",)), (block.ff_context, ("text",))]
+        # An IP-Adapter adds a third tensor.
+        return {"attention": [(block.attn, ("image", "text", "image"))], "mlp": mlp}
+
+    def modulated_input(self, block: nn.Module, x: Tensor, arguments: dict) -> Tensor:
+        return block.norm1(x, emb=arguments["temb"])[0]
 
     def forward_flops(self, transformer: nn.Module, *args, **options) -> int:
         return flux_forward_flops(transformer, *args, **options)

@@ -20,6 +20,8 @@ class QwenImageAdapter(PerSampleAdapter):
     """
 
     model_class = "QwenImageTransformer2DModel"
+    row_arguments = ("hidden_states", "encoder_hidden_states", "encoder_hidden_states_mask", "temb")
+    shared_arguments = ("image_rotary_emb",)
     image_output = 1
     guides_in_batch = False
 
@@ -32,6 +34,16 @@ class QwenImageAdapter(PerSampleAdapter):
 
     def num_tokens(self, transformer: nn.Module) -> int:
         return 64 * 64  # 1024 x 1024 pixels; the configuration names no size
+
+    def cache_sites(self, block: nn.Module) -> dict[str, list]:
+        mlp = [(block.img_mlp, ("image",)), (block.txt_mlp, ("text",))]
+        return {"attention": [(block.attn, ("image", "text"))], "mlp": mlp}
+
+    def modulated_input(self, block: nn.Module, x: Tensor, arguments: dict) -> Tensor:
+        if arguments.get("modulate_index") is not None:
+            raise TypeError("shiva_ext: tokens with two timesteps (Qwen-Image-Edit) have no one modulated input")
+        shift, scale = block.img_mod(arguments["temb"]).chunk(6, dim=-1)[:2]
+        return block.img_norm1(x) * (1 + scale[:, None]) + shift[:, None]
 
     def forward_flops(self, transformer: nn.Module, *args, **options) -> int:
         return qwenimage_forward_flops(transformer, *args, **options)

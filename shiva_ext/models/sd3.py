@@ -1,6 +1,6 @@
 """Stable Diffusion 3 and 3.5 (MM-DiT)."""
 
-from torch import nn
+from torch import Tensor, nn
 
 from ..evaluation.flops import sd3_forward_flops
 from .base import Conditioning, ModelAdapter, register
@@ -35,6 +35,17 @@ class SD3Adapter(ModelAdapter):
     def merge_sites(self, block: nn.Module) -> dict[str, list[nn.Module]]:
         attention = [block.attn] if getattr(block, "attn2", None) is None else [block.attn, block.attn2]
         return {"attention": attention, "mlp": [block.ff], "mlp_norm": [block.norm2]}
+
+    def cache_sites(self, block: nn.Module) -> dict[str, list]:
+        second = getattr(block, "attn2", None)
+        text = [] if block.ff_context is None else [(block.ff_context, ("text",))]
+        return {
+            "attention": [(block.attn, ("image", "text"))] + ([] if second is None else [(second, ("image",))]),
+            "mlp": [(block.ff, ("image",)), *text],
+        }
+
+    def modulated_input(self, block: nn.Module, x: Tensor, arguments: dict) -> Tensor:
+        return block.norm1(x, emb=arguments["temb"])[0]
 
     def forward_flops(self, transformer: nn.Module, *args, **options) -> int:
         return sd3_forward_flops(transformer, *args, **options)

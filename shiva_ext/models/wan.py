@@ -19,6 +19,7 @@ class WanAdapter(ModelAdapter):
     """
 
     model_class = "WanTransformer3DModel"
+    shared_arguments = ("rotary_emb",)
     guides_in_batch = False
 
     def blocks(self, transformer: nn.Module) -> list[nn.Module]:
@@ -30,6 +31,16 @@ class WanAdapter(ModelAdapter):
 
     def num_tokens(self, transformer: nn.Module) -> int:
         return 21 * 30 * 52  # 81 frames of 832 x 480 pixels, the pipeline's default; the configuration names no size
+
+    def cache_sites(self, block: nn.Module) -> dict[str, list]:
+        return {
+            "attention": [(block.attn1, ("image",))],
+            "cross_attention": [(block.attn2, ("image",))],
+            "mlp": [(block.ffn, ("image",))],
+        }
+
+    def modulated_input(self, block: nn.Module, x: Tensor, arguments: dict) -> Tensor:
+        return arguments["temb"]  # the step's embedding alone, as TeaCache has it for Wan
 
     def forward_flops(self, transformer: nn.Module, *args, **options) -> int:
         return wan_forward_flops(transformer, *args, **options)

@@ -11,12 +11,12 @@ from torch import Tensor
 import shiva_ext
 from shiva_ext.training.config import TrainConfig
 from shiva_ext.training.display import make_display
-from shiva_ext.training.trainer import Batch, ShivaTrainer
+from shiva_ext.training.trainer import Batch
 
 from .emoji import TextEncoder, batch_source, compose, load_pictures, token_importance
 from .flow_training import default_device, flow_matching_batch
 from .model import ASSETS
-from .train_shiva import TESTBED_CONFIG
+from .train_shiva import TESTBED_CONFIG, make_trainer
 
 CONFIG = replace(TESTBED_CONFIG, batch_size=32, micro_batches=2, joint_steps=3000, adapter_rank=16)
 
@@ -36,7 +36,7 @@ def load_dense(folder: str | os.PathLike = DENSE, dtype: torch.dtype = torch.flo
 def train(config: TrainConfig, out: str | os.PathLike, dense_model: str | os.PathLike, resume: bool = False) -> Path:
     """Train router, policy and adapters for the dense model and write the artefact to ``out``.
 
-    On a GPU if there is one, and if this build has the ops for it.
+    On a GPU if there is one, and if this build has the ops for it. With another ``config.method`` what it trains.
     """
     device = default_device(ops=True)
     transformer = load_dense(dense_model).to(device)
@@ -46,10 +46,14 @@ def train(config: TrainConfig, out: str | os.PathLike, dense_model: str | os.Pat
         images, tokens, pooled = source(count, generator)
         return Batch(images, dict(encoder_hidden_states=tokens, pooled_projections=pooled))
 
-    trainer = ShivaTrainer(transformer, config, next_batch, display=make_display(True))
-    trainer.run(Path(out) / "checkpoints", resume)
-    trainer.export(out)
-    trainer.close()
+    display = make_display(True)
+    trainer = make_trainer(transformer, config, next_batch, display)
+    try:
+        trainer.run(Path(out) / "checkpoints", resume)
+        trainer.export(out)
+    finally:
+        display.close()
+        trainer.close()
     return Path(out)
 
 

@@ -7,6 +7,7 @@ import torch
 
 from shiva_ext.training.config import TrainConfig
 from shiva_ext.training.display import make_display
+from shiva_ext.training.loop import TrainingLoop
 from shiva_ext.training.method_trainer import MethodTrainer
 from shiva_ext.training.trainer import Batch, ShivaTrainer
 
@@ -47,6 +48,13 @@ def batch_source(prompts, prompt_dropout: float, data_dir: str | None = None):
     return next_batch
 
 
+def make_trainer(transformer, config: TrainConfig, source, display, control: bool = False) -> TrainingLoop:
+    """The trainer of ``config.method``, or of the dense control."""
+    if config.method == "shiva":
+        return ShivaTrainer(transformer, config, source, dense=control, display=display)
+    return MethodTrainer(transformer, config, source, display=display)
+
+
 def train(
     config: TrainConfig,
     out: str | os.PathLike,
@@ -63,10 +71,7 @@ def train(
         raise ValueError(f"shiva train testbed: the control has no method, got {config.method!r}; leave one out")
     transformer, prompts = load_model(dense_model)
     source, display = batch_source(prompts, config.prompt_dropout, data_dir), make_display(True)
-    if config.method == "shiva":
-        trainer = ShivaTrainer(transformer, config, source, dense=control, display=display)
-    else:
-        trainer = MethodTrainer(transformer, config, source, display=display)
+    trainer = make_trainer(transformer, config, source, display, control)
     try:
         trainer.run(Path(out) / "checkpoints", resume)
         trainer.export(out)
