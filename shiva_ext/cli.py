@@ -138,6 +138,12 @@ def _bench_pareto(args) -> None:
     run(methods=args.methods, out=args.out, cache_dir=args.cache_dir, **options)
 
 
+def _bench_compose(args) -> None:
+    from .bench.compose import run
+
+    run(args.samples, args.methods, args.out, args.cache_dir, args.testbed, args.seeds)
+
+
 def _pairs(given: list[str] | None) -> dict[str, str]:
     """``clip=FOLDER`` as a dictionary."""
     for each in given or []:
@@ -308,6 +314,15 @@ def parser() -> argparse.ArgumentParser:
     sub.add_argument("--model-dir", help="dense model's folder; by default the one that ships")
     _model_options(sub.add_argument_group("one's own checkpoint"))
     sub.set_defaults(run=_bench_pareto)
+
+    sub = bench.add_parser("compose", help="selection, caches and fewer steps, alone and together, as a page")
+    sub.add_argument("--testbed", default="fashion", help="fashion or emoji")
+    sub.add_argument("--samples", type=int, default=1000, help="images a cell")
+    sub.add_argument("--methods", nargs="*", metavar="NAME", help="such as 'Shiva + TeaCache'; by default all")
+    sub.add_argument("--seeds", type=int, default=1, help="of the noise")
+    sub.add_argument("--out", default="results", help="folder of compose.json, which finished cells are read from")
+    sub.add_argument("--cache-dir", default="build/pareto", help="folder of the images")
+    sub.set_defaults(run=_bench_compose)
 
     report = commands.add_parser("report", help="evaluations").add_subparsers(required=True, dest="what")
     sub = report.add_parser("testbed", help="every method on the testbed: quality, cost and time")

@@ -12,14 +12,14 @@ from tqdm import tqdm
 from ..api import enable
 from ..caches.calibrate import calibrate_smoothcache, calibrate_teacache
 from ..caches.file import save_cache
-from ..testbed.beds import TESTBEDS, get_testbed
+from ..testbed.beds import TESTBEDS, Testbed, get_testbed
 from ..testbed.sampling import generate
 from ..training.fit import load_pipeline
 from .model_study import ModelStudy
 from .pareto_model import DTYPES, read_prompts
 
 TESTBED_STEPS = 25
-_CALIBRATIONS = {"teacache": calibrate_teacache, "smoothcache": calibrate_smoothcache}
+CALIBRATIONS = {"teacache": calibrate_teacache, "smoothcache": calibrate_smoothcache}
 
 
 def calibrate(
@@ -66,7 +66,8 @@ def calibrate(
     if model in TESTBEDS:
         if prompts is not None or size is not None or revision is not None:
             raise ValueError(f"shiva calibrate: prompts, size and revision are not for the testbed {model!r}")
-        target, run, known = _testbed(model, samples, steps or TESTBED_STEPS, guidance, DTYPES[dtype])
+        bed = get_testbed(model)
+        target, run, known = testbed_runs(bed, samples, steps or TESTBED_STEPS, guidance, DTYPES[dtype])
     else:
         device = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
         target = load_pipeline(model, revision, DTYPES[dtype]).to(device)
@@ -77,7 +78,7 @@ def calibrate(
     with ExitStack() as stack:
         if artefact is not None:
             stack.enter_context(enable(target, artefact, batched_guidance=known["batched_guidance"]))
-        found = _CALIBRATIONS[what](target, run, **known, **settings)
+        found = CALIBRATIONS[what](target, run, **known, **settings)
     save_cache(found, out)
     return f"{_described(found)}\nwritten: shiva_ext.enable(pipe, {str(out)!r})"
 
@@ -87,8 +88,8 @@ def _each(study: ModelStudy, samples: int, steps: int) -> None:
         study.generate(range(i, i + 1), steps)
 
 
-def _testbed(name: str, samples: int, steps: int, guidance: float | None, dtype: torch.dtype):
-    bed = get_testbed(name)
+def testbed_runs(bed: Testbed, samples: int, steps: int, guidance: float | None, dtype: torch.dtype):
+    """A testbed's transformer, what makes pictures with it, and what a calibration has to be told of them."""
     guidance = bed.guidance if guidance is None else guidance
     transformer, prompts = bed.load(dtype)
     labels, noise = bed.labels(samples), bed.noise(samples, seed=10**6)  # not the noise that methods are judged with

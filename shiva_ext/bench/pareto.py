@@ -7,6 +7,7 @@ import os
 import platform
 import re
 import statistics
+from collections.abc import Callable
 from pathlib import Path
 
 import torch
@@ -169,39 +170,63 @@ def run(
         ValueError: an unknown method.
     """
     rows = cells(testbed) if rows is None else rows
+    study = Study(
+        Path(cache_dir), samples, seeds, model_dir, testbed=testbed, **{"steps": STEPS, "timing_repeats": 3} | settings
+    )
+    name = "pareto.json" if testbed == "fashion" else f"pareto_{testbed}.json"
+    command = f"shiva bench pareto --testbed {testbed} --samples {samples}" + (f" --seeds {seeds}" if seeds > 1 else "")
+    return sweep(study, Path(out) / name, rows, methods, command)
+
+
+def sweep(
+    study: Study,
+    file: Path,
+    rows: list[Row],
+    methods: list[str] | None,
+    command: str,
+    verdict: Callable[[list[dict]], dict] | None = None,
+) -> dict:
+    """Measure the rows that a file does not hold yet, and write it, its page and its picture.
+
+    Args:
+        methods: groups of the rows; by default all. The dense model always runs.
+        command: that does this.
+        verdict: what the cells say together, in place of the duels of "Shiva" with each rival.
+
+    Raises:
+        ValueError: an unknown method.
+    """
     known = list(dict.fromkeys(row.group for row in rows))
     unknown = [name for name in methods or [] if name not in known]
     if unknown:
         raise ValueError(
-            f"shiva bench pareto: unknown method {unknown[0]!r}; wanted some of {', '.join(map(repr, known))}"
+            f"{' '.join(command.split()[:3])}: unknown method {unknown[0]!r}; wanted some of "
+            f"{', '.join(map(repr, known))}"
         )
-    study = Study(
-        Path(cache_dir), samples, seeds, model_dir, testbed=testbed, **{"steps": STEPS, "timing_repeats": 3} | settings
-    )
-    file = Path(out) / ("pareto.json" if testbed == "fashion" else f"pareto_{testbed}.json")
     content = _read(file)
     wanted = [row for row in rows if not methods or row.group in methods or row.group == "dense"]
-    done = {name for name, cell in content["cells"].items() if len(cell.get("fid_seeds", [])) >= seeds}
+    done = {name for name, cell in content["cells"].items() if len(cell.get("fid_seeds", [])) >= study.seeds}
     missing = [row for row in wanted if key(study, row) not in done]
     for row in missing:
-        for seed in range(seeds):
+        for seed in range(study.seeds):
             study.sample(row, seed)
     for row in missing:  # all times in one stretch: other work on the machine then meets all alike
         content["cells"][key(study, row)] = measure(study, row)
         write_content(file, content)
     keys = [key(study, row) for row in rows if key(study, row) in content["cells"]]
     content = {
-        "command": f"shiva bench pareto --testbed {testbed} --samples {samples}"
-        + (f" --seeds {seeds}" if seeds > 1 else ""),
-        "testbed": testbed,
-        "samples": samples,
-        "steps": STEPS,
+        "command": command,
+        "testbed": study.testbed,
+        "samples": study.samples,
+        "steps": study.steps,
         "guidance": study.guidance,
         "cells": {each: content["cells"][each] for each in keys},
     }
-    content["noise"] = timing_noise(list(content["cells"].values()))
-    write_content(file, content)
     found = list(content["cells"].values())
+    content["noise"] = timing_noise(found)
+    if verdict is not None:
+        content["verdict"] = verdict(found)
+    write_content(file, content)
     draw(found, file.with_suffix(".png"))
     write_page(content, file.with_suffix(".html"))
     return content

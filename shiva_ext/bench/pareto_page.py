@@ -179,6 +179,20 @@ def _duels(found: list[dict]) -> str:
     return f"{head}<table>{''.join(rows)}</table>"
 
 
+def _verdict(said: dict) -> str:
+    """What a grid of combinations says, see :func:`~.compose.verdict`."""
+
+    def listed(names: list[str]) -> str:
+        return "none" if not names else "; ".join(map(html.escape, names))
+
+    return (
+        f"<h2>Together</h2><p>Looked for: {html.escape(said['goal'])}.</p><ul>"
+        f"<li>As fast and as good: {listed(said['reached'])}</li>"
+        f"<li>Of these ahead of every single method of their time: {listed(said['ahead'])}</li>"
+        f"<li>The front, from the fastest: {listed(said['front'])}</li></ul>"
+    )
+
+
 def _pictures(found: list[dict]) -> str:
     rows = [_row(("", "the same noise", "how often each token was kept, white is always"), "th")]
     for cell in found:
@@ -212,7 +226,7 @@ def write_page(content: dict, file: Path) -> None:
         f"one after the other.{noise} Intervals are 1.96 deviations over resampled images. "
         f"Command: <code>{html.escape(content['command'])}</code></p>"
         f"<h2>The front</h2><p>Grey: what no other point beats.</p>{_embedded(plot(found))}"
-        f"{_duels(found)}"
+        f"{_verdict(content['verdict']) if 'verdict' in content else _duels(found)}"
         f"<h2>Every cell</h2><p>“Time beyond operations” is the share of a method's time that its operations do not "
         f"explain: its overhead.</p>{_results(found)}"
         f"{left_out}<h2>Samples and kept tokens</h2>{_pictures(found)}</html>"

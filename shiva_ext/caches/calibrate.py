@@ -237,8 +237,8 @@ class _RecordingSite(SiteHook):
         size = now.float().abs().flatten(1).sum(1)
         for lag, before in enumerate(past, start=1):
             error = (before.float() - now.float()).abs().flatten(1).sum(1) / size
-            place = (self.kind, lag, state.step - lag)
-            self.recorder.errors.setdefault(place, []).append(error.mean().item())
+            of = self.kind, lag, state.step - lag
+            self.recorder.errors.setdefault(of, []).append(error.mean().item())
         setattr(self.kept, place, (now, *past)[: self.recorder.max_lag])
         return output
 

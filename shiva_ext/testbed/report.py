@@ -21,6 +21,7 @@ from ..evaluation.flops import sd3_forward_flops
 from ..evaluation.image_metric import fingerprint
 from ..evaluation.metrics import ForegroundRecall, class_accuracy, frechet_distance, gaussian, precision_recall, psnr
 from .beds import get_testbed
+from .cached_rows import Caches
 from .figures import draw_grid, draw_report, kept_share, print_table
 from .rows import METHODS, ROWS, Row, artefact_folder
 from .sampling import STEPS, generate
@@ -77,10 +78,14 @@ class Study:
         self.guidance = self.bed.guidance if self.guidance is None else self.guidance
         self.batch_size = self.bed.batch_size if self.batch_size is None else self.batch_size
         self.dense = Row("dense", steps=self.steps)
+        self.caches = Caches(self.cache_dir / "calibration", self.bed, self.dtype)
 
     def settings(self, row: Row) -> dict:
         """Everything that a row's images depend on, but for the seed."""
-        settings = {key: value for key, value in asdict(row).items() if key not in ("name", "repeat", "group")}
+        left_out = {"name", "repeat", "group"} | ({"cache"} if row.cache is None else set())
+        settings = {key: value for key, value in asdict(row).items() if key not in left_out}
+        if row.cache is not None and (file := self.caches.file(*row.cache, row.steps)) is not None:
+            settings["calibration"] = json.loads(file.read_text())
         settings |= dict(version=VERSION, samples=self.samples, guidance=self.guidance, batch_size=self.batch_size)
         settings |= dict(dtype=str(self.dtype), model=self._digest(self.bed.model_dir))
         settings |= dict(classifier=self._digest(self.bed.judge_dir))
@@ -99,7 +104,10 @@ class Study:
 
     def _setup(self, row: Row):
         transformer, prompts = self.bed.load(self.dtype)
-        return transformer, prompts, METHODS[row.method](transformer, row, self.guidance > 1)
+        method = METHODS[row.method](transformer, row, self.guidance > 1)
+        if row.cache is not None:
+            method = self.caches.put_on(transformer, method, *row.cache, row.steps, self.guidance > 1)
+        return transformer, prompts, method
 
     def _generate(self, transformer, prompts, labels: torch.Tensor, noise: torch.Tensor, steps: int) -> torch.Tensor:
         null = self.bed.null_prompt

@@ -32,6 +32,7 @@ class Row:
         group: rows of one group share a colour in the plot.
         options: further settings of the method, as pairs of a name and a value: of a method of
             :mod:`shiva_ext.methods` its own, trained or not, of the others those of :func:`shiva_ext.enable`.
+        cache: name of a cache of :mod:`.cached_rows` and its strength, if there is one beside the method.
     """
 
     name: str
@@ -43,6 +44,7 @@ class Row:
     repeat: bool = False
     group: str = "dense"
     options: tuple[tuple[str, object], ...] = ()
+    cache: tuple[str, float] | None = None
 
 
 ROWS = (

@@ -1,0 +1,119 @@
+"""``shiva bench compose``: fewer tokens, fewer computed steps, fewer steps, each alone and together."""
+
+import os
+from pathlib import Path
+
+from ..evaluation.pareto import BETTER, Point, at_cost, compare, front
+from ..testbed.cached_rows import Caches
+from ..testbed.report import Study
+from ..testbed.rows import Row
+from .pareto import SAMPLES, sweep
+from .pareto_page import points
+
+STEPS = 25
+FEWER = (12, 6, 4)
+# Strengths of the caches by the steps of a run: a short one has few to leave out.
+_STRENGTHS = {
+    25: {"teacache": (0.4, 0.6), "smoothcache": (0.6, 0.4), "first block": (0.1, 0.25), "fora": (2, 3)},
+    12: {"teacache": (0.3, 0.5), "smoothcache": (0.7, 0.5), "first block": (0.2, 0.4)},
+    6: {"teacache": (0.3,), "smoothcache": (0.7,), "first block": (0.4,)},
+    4: {"teacache": (0.2,), "smoothcache": (0.75,), "first block": (0.4,)},
+}
+FASTER, WITHIN = 4.0, 1.05  # what is looked for: so much faster, at no more than so much of the dense distance
+FEWER_STEPS, COMBINED = "fewer steps", " + "
+
+
+def _row(selection: dict | None, name: str, cache: tuple[str, float] | None, steps: int) -> Row:
+    parts, axes = [], []
+    if selection is not None:
+        parts.append(name)
+        axes.append("Shiva")
+    if cache is not None:
+        parts.append(f"{Caches.NAMES[cache[0]]} {cache[1]:g}")
+        axes.append(Caches.NAMES[cache[0]])
+    if steps != STEPS:
+        axes.append(FEWER_STEPS)
+    parts.append(f"{steps} steps")
+    group = COMBINED.join(axes) or "dense"
+    method = {} if selection is None else {"method": "artefact", **selection}
+    text = "dense" if group == "dense" else ", ".join(parts)
+    return Row(text, steps=steps, group=group, cache=cache, **method)
+
+
+def cells(testbed: str = "fashion") -> list[Row]:
+    """The grid: {dense, Shiva 60 %, Shiva 50 %} x {no cache, three caches} x {25, 12, 6, 4 steps}."""
+    source = {"fashion": "shiva60", "emoji": "emoji60"}[testbed]
+    selections = [
+        (None, ""),
+        ({"source": source}, "Shiva 60 %"),
+        ({"source": source, "options": (("budget", 0.5),)}, "Shiva 50 %"),
+    ]
+    found = []
+    for selection, name in selections:
+        for steps in (STEPS, *FEWER):
+            caches = [(cache, each) for cache, strengths in _STRENGTHS[steps].items() for each in strengths]
+            found += [_row(selection, name, cache, steps) for cache in (None, *caches)]
+    return found
+
+
+def is_single(method: str) -> bool:
+    """Whether a group of cells is one method alone."""
+    return COMBINED not in method
+
+
+def verdict(found: list[dict]) -> dict:
+    """What the grid says: the fastest cells at each quality, and whether the goal is met.
+
+    Returns:
+        ``goal`` (text), ``reached`` (names of combinations at least ``FASTER`` times as fast whose distance is at most
+        ``WITHIN`` times the dense model's), ``ahead`` (those of them that are better, beyond chance, than the best
+        single method of their time), ``front`` (names, by rising time).
+    """
+    every = points(found, "time")
+    dense = next(p for p in every if p.name == "dense")
+    single = [p for p in every if is_single(p.method)]
+    fast = [
+        p for p in every if not is_single(p.method) and 1 / p.cost >= FASTER and p.quality <= WITHIN * dense.quality
+    ]
+    return {
+        "goal": f"a combination at {FASTER:g}x or more, with a distance of at most {WITHIN:g} times the dense model's "
+        f"({dense.quality:.3f}), ahead of the best single method of its time",
+        "reached": [p.name for p in fast],
+        "ahead": [p.name for p in fast if _ahead(p, single)],
+        "front": [p.name for p in front(every)],
+    }
+
+
+def _ahead(point: Point, single: list[Point]) -> bool:
+    """Whether a point is better than every single method at its time; one that is nowhere as fast is behind."""
+    rivals = [at_cost([p for p in single if p.method == name], point.cost) for name in {p.method for p in single}]
+    return all(rival is None or compare(point, rival) == BETTER for rival in rivals)
+
+
+def run(
+    samples: int = SAMPLES,
+    methods: list[str] | None = None,
+    out: str | os.PathLike = "results",
+    cache_dir: str | os.PathLike = "build/pareto",
+    testbed: str = "fashion",
+    seeds: int = 1,
+    rows: list[Row] | None = None,
+    model_dir: str | os.PathLike | None = None,
+    **settings,
+) -> dict:
+    """Measure the grid's cells that ``out/compose.json`` does not hold yet, and write it, the page and the pictures.
+
+    Args: as of :func:`~.pareto.run`; ``methods`` are groups such as "Shiva + TeaCache".
+
+    Raises:
+        ValueError: an unknown method or testbed.
+    """
+    study = Study(
+        Path(cache_dir), samples, seeds, model_dir, testbed=testbed, **{"steps": STEPS, "timing_repeats": 3} | settings
+    )
+    suffix = "" if testbed == "fashion" else f"_{testbed}"
+    command = f"shiva bench compose --testbed {testbed} --samples {samples}" + (
+        f" --seeds {seeds}" if seeds > 1 else ""
+    )
+    rows = cells(testbed) if rows is None else rows
+    return sweep(study, Path(out) / f"compose{suffix}.json", rows, methods, command, verdict)
