@@ -11,11 +11,13 @@ if TYPE_CHECKING:
     from .api import Handle, disable, enable, get_handle
     from .artifact import ShivaArtifact, load, save
     from .cached import CacheHandle
+    from .configuration import Configuration
     from .method_artifact import MethodArtifact
 
 # The ops alone need only torch; what needs diffusers is imported when it is first used.
 _LAZY = {
     "CacheHandle": "cached",
+    "Configuration": "configuration",
     "Handle": "api",
     "disable": "api",
     "enable": "api",
@@ -30,6 +32,7 @@ _SUBMODULES = ("bench", "caches", "evaluation", "methods", "models", "selection"
 
 __all__ = [
     "CacheHandle",
+    "Configuration",
     "Handle",
     "MethodArtifact",
     "ShivaArtifact",

@@ -16,6 +16,7 @@ from .artifact import BaselineSource, MethodSource, ShivaArtifact, load
 from .cached import CacheHandle, cache_taken_off, enable_cache, get_cache
 from .caches import Cache, DiffusersCache, load_cache
 from .caches.from_diffusers import CONFIGS
+from .configuration import Configuration, is_configuration
 from .method_artifact import MethodArtifact
 from .methods import Method, TrainedMethod
 from .models import adapter_for
@@ -212,7 +213,7 @@ def enable(
     fused: bool = True,
     reconstruct: str = IDENTITY,
     component: str = "transformer",
-) -> Handle | CacheHandle:
+) -> "Handle | CacheHandle | Together":
     """Make a model process only the tokens that matter, or compute only the steps that do.
 
     A selection of tokens and a cache are enabled by a call each, in any order, and work together; a second selection
@@ -226,7 +227,8 @@ def enable(
             :mod:`shiva_ext.selection` such as ``RandomSelector(0.6)``, or a method of :mod:`shiva_ext.methods` such as
             ``ToMeSD(0.5)``. Or a cache: of :mod:`shiva_ext.caches` such as ``FORA(2)``, a ``.json`` file that ``shiva
             calibrate`` has written, or a cache config of diffusers; all further arguments but ``batched_guidance`` and
-            ``component`` are for selections.
+            ``component`` are for selections. Or a :class:`Configuration` of both, or the ``.json`` file of one that
+            ``shiva tune`` has written.
         ratio: keep this share of the tokens in every layer and step instead of the learned schedule; 1 is dense.
         budget: keep the learned schedule's form, but move it to this mean share, without training. The token counts
             of all steps and layers then meet it to within one tile (of every step that shares it), at the model's own
@@ -264,6 +266,16 @@ def enable(
         RuntimeError: no block was hooked.
     """
     transformer = find_transformer(pipe_or_transformer, component)
+    if isinstance(source, (str, os.PathLike)) and Path(source).suffix == ".json" and is_configuration(source):
+        source = Configuration.load(source)
+    if isinstance(source, Configuration):
+        given = (ratio, budget, tile, sigmas, max_distinct_k, share_selection)
+        if any(each is not None for each in given) or not (adapter and fused) or reconstruct != IDENTITY:
+            raise ValueError(
+                "shiva_ext: a configuration has all settings in it; enable its selection and its cache by themselves "
+                "to change them"
+            )
+        return _enable_configuration(pipe_or_transformer, source, batched_guidance, component)
     second, cache = getattr(pipe_or_transformer, "transformer_2", None), _as_cache(source)
     done = second is None or hasattr(second, _HANDLE) if cache is None else get_cache(second) is not None
     if component == "transformer" and second is not None and not done:
@@ -322,6 +334,39 @@ def enable(
         if cached is not None:
             cached.state.selection = state
     return handle
+
+
+class Together:
+    """The handles of a configuration's selection and cache; either may be None."""
+
+    def __init__(self, selection: Handle | None, cache: CacheHandle | None):
+        self.selection, self.cache = selection, cache
+
+    def disable(self) -> None:
+        """Take both off."""
+        for handle in (self.cache, self.selection):
+            if handle is not None:
+                handle.disable()
+
+    def __enter__(self) -> "Together":
+        return self
+
+    def __exit__(self, *error) -> None:
+        self.disable()
+
+
+def _enable_configuration(pipe, source: Configuration, batched_guidance: bool | None, component: str) -> Together:
+    common = {"batched_guidance": batched_guidance, "component": component}
+    cache, found = source.build_cache(), Together(None, None)
+    try:
+        if source.selection is not None:
+            found.selection = enable(pipe, source.selection, budget=source.budget, **common)
+        if cache is not None:
+            found.cache = enable(pipe, cache, **common)
+    except BaseException:
+        found.disable()
+        raise
+    return found
 
 
 def _as_cache(source) -> Cache | None:

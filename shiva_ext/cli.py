@@ -1,4 +1,4 @@
-"""``shiva train | calibrate | bench | report | demo | info``."""
+"""``shiva train | calibrate | tune | bench | report | demo | info``."""
 
 import argparse
 import json
@@ -212,6 +212,43 @@ def _add_calibrate(commands) -> None:
         sub.set_defaults(run=_calibrate)
 
 
+def _tune(args) -> None:
+    from .bench.tune import run
+
+    options = {name: value for name, value in vars(args).items() if name not in ("run", "command")}
+    run(**{name: value for name, value in options.items() if value is not None})
+
+
+def _speed_up(text: str) -> float:
+    """ "2.5x" as 2.5."""
+    try:
+        return float(text.removesuffix("x"))
+    except ValueError:
+        raise argparse.ArgumentTypeError(f"{text!r}, wanted a speed-up such as 2.5x") from None
+
+
+def _add_tune(commands) -> None:
+    sub = commands.add_parser("tune", help="the selection, cache and steps that are worth it together on one's model")
+    add = sub.add_argument
+    add("--model", required=True, help="folder of a diffusers pipeline, or a hub id")
+    add("--revision", help="commit of a hub id")
+    add("--out", required=True, metavar="FILE", help="JSON file to write, for enable")
+    add("--budget", type=_speed_up, metavar="2.5x", help="wanted speed-up; by default as much as the bound lets")
+    add("--bound", type=float, help="least mean SSIM to the dense pictures; .8 unless given")
+    add("--artefact", metavar="FOLDER", help="a trained selection")
+    add("--prompts", metavar="FILE", help="a prompt a line; by default a few that ship")
+    add("--samples", type=int, help="pictures to compare; 8 unless given")
+    add("--steps", type=int, help="of the dense pipeline; by default its own, as guidance and size")
+    add("--guidance", type=float)
+    add("--size", type=int, help="pixels of a side")
+    add("--dtype", help="bfloat16 unless given")
+    add("--device", help="by default a GPU if there is one")
+    add("--measured", type=int, help="combinations to measure; 8 unless given")
+    add("--seed", type=int, help="of the noise")
+    add("--cache-dir", help="of pictures and numbers; build/tune unless given")
+    sub.set_defaults(run=_tune)
+
+
 def _report_testbed(args) -> None:
     from .testbed.report import report
 
@@ -282,6 +319,7 @@ def parser() -> argparse.ArgumentParser:
         sub.set_defaults(run=run)
 
     _add_calibrate(commands)
+    _add_tune(commands)
     bench = commands.add_parser("bench", help="small experiments").add_subparsers(required=True, dest="what")
     sub = bench.add_parser("synthetic", help="the paper's synthetic task (A.3)")
     sub.add_argument("--seeds", type=int, default=5)

@@ -102,14 +102,30 @@ class SmoothCacheFile:
 _KINDS = {"teacache": TeaCacheFile, "smoothcache": SmoothCacheFile}
 
 
+def cache_to_json(found: TeaCacheFile | SmoothCacheFile) -> dict:
+    """A calibration as JSON values."""
+    kind = next(name for name, cls in _KINDS.items() if isinstance(found, cls))
+    return {"format": FORMAT, "shiva_ext": __version__, "cache": kind, "fit": found.fit.to_json(), **found.to_json()}
+
+
+def cache_from_json(content: dict) -> TeaCacheFile | SmoothCacheFile:
+    """What :func:`cache_to_json` gave.
+
+    Raises:
+        KeyError, TypeError, ValueError: it is something else, or of a newer format.
+    """
+    kind, version = content["cache"], content["format"]
+    if version > FORMAT:
+        raise ValueError(f"its format is {version}, this shiva_ext knows up to {FORMAT}; upgrade it")
+    return _KINDS[kind].from_json(content, Fit.from_json(content["fit"]))
+
+
 def save_cache(found: TeaCacheFile | SmoothCacheFile, file: str | os.PathLike) -> None:
     """Write a calibration; whole, or not at all."""
     file = Path(file)
-    kind = next(name for name, cls in _KINDS.items() if isinstance(found, cls))
-    content = {"format": FORMAT, "shiva_ext": __version__, "cache": kind, "fit": found.fit.to_json(), **found.to_json()}
     file.parent.mkdir(parents=True, exist_ok=True)
     temporary = file.with_suffix(".tmp")
-    temporary.write_text(json.dumps(content, indent=1) + "\n")
+    temporary.write_text(json.dumps(cache_to_json(found), indent=1) + "\n")
     os.replace(temporary, file)
 
 
@@ -124,11 +140,7 @@ def read_cache(file: str | os.PathLike) -> TeaCacheFile | SmoothCacheFile:
     if not file.is_file():
         raise FileNotFoundError(f"shiva_ext: there is no {file}; `shiva calibrate` writes one")
     try:
-        content = json.loads(file.read_text())
-        kind, version = content["cache"], content["format"]
-        if version > FORMAT:
-            raise ValueError(f"its format is {version}, this shiva_ext knows up to {FORMAT}; upgrade it")
-        return _KINDS[kind].from_json(content, Fit.from_json(content["fit"]))
+        return cache_from_json(json.loads(file.read_text()))
     except (KeyError, TypeError, ValueError) as error:
         raise ValueError(f"shiva_ext: {file} is no calibration of a cache: {error}") from error
 
