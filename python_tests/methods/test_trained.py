@@ -188,7 +188,7 @@ def test_diffcr_starts_from_no_compression_and_is_pulled_to_its_budget():
     weights = method.build(adapter_for(model), model)
     assert torch.equal(weights.keep, torch.ones(LAYERS, 4))
     term = method.penalty(weights, {}, 0.0)
-    torch.testing.assert_close(term.item(), 0.3 * 0.4**2, rtol=1e-6, atol=0)
+    torch.testing.assert_close(term.item(), 3.0 * 0.4**2, rtol=1e-6, atol=0)
     term.backward()
     assert (weights.keep.grad > 0).all()  # a step of descent keeps less
 

@@ -97,3 +97,30 @@ def test_labels_that_do_not_match_the_noise_are_refused(model):
 def test_no_steps_are_refused():
     with pytest.raises(ValueError, match="steps must be at least 1, got 0"):
         schedule(0)
+
+
+class Decay(torch.nn.Module):
+    """A velocity that is the state itself: images fall by a factor e on their way."""
+
+    def __init__(self):
+        super().__init__()
+        self.weight = torch.nn.Parameter(torch.zeros(1))
+
+    def forward(self, images, tokens, pooled, timestep, return_dict):
+        return (images,)
+
+
+@pytest.mark.parametrize(("solver", "order"), [("euler", 1), ("adams", 2)])
+def test_a_solver_converges_by_its_order(model, solver, order):
+    labels, noise = balanced_labels(1), torch.ones(1, 1, 4, 4)
+    errors = []
+    for steps in (16, 32, 64):
+        images = generate(Decay(), model[1], labels, noise, steps=steps, guidance=1.0, solver=solver)
+        errors.append((images.mean() - torch.tensor(-1.0).exp()).abs().item())
+    for coarse, fine in zip(errors, errors[1:], strict=False):
+        assert coarse / fine == pytest.approx(2**order, rel=0.2)
+
+
+def test_an_unknown_solver_is_refused(model):
+    with pytest.raises(ValueError, match="solver is 'heun', wanted one of 'euler', 'adams'"):
+        generate(*model, balanced_labels(1), make_noise(1, seed=0), steps=2, solver="heun")

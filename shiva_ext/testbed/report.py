@@ -24,7 +24,7 @@ from .beds import get_testbed
 from .cached_rows import Caches
 from .figures import draw_grid, draw_report, kept_share, print_table
 from .rows import METHODS, ROWS, Row, artefact_folder
-from .sampling import STEPS, generate
+from .sampling import EULER, STEPS, generate
 
 # Part of every cache key: raise it when a change of the code below changes what a finished row would hold.
 VERSION = 2
@@ -83,6 +83,7 @@ class Study:
     def settings(self, row: Row) -> dict:
         """Everything that a row's images depend on, but for the seed."""
         left_out = {"name", "repeat", "group"} | ({"cache"} if row.cache is None else set())
+        left_out |= {"solver"} if row.solver == EULER else set()
         settings = {key: value for key, value in asdict(row).items() if key not in left_out}
         if row.cache is not None and (file := self.caches.file(*row.cache, row.steps)) is not None:
             settings["calibration"] = json.loads(file.read_text())
@@ -109,9 +110,10 @@ class Study:
             method = self.caches.put_on(transformer, method, *row.cache, row.steps, self.guidance > 1)
         return transformer, prompts, method
 
-    def _generate(self, transformer, prompts, labels: torch.Tensor, noise: torch.Tensor, steps: int) -> torch.Tensor:
+    def _generate(self, transformer, prompts, labels: torch.Tensor, noise: torch.Tensor, row: Row) -> torch.Tensor:
         null = self.bed.null_prompt
-        return generate(transformer, prompts, labels, noise, steps, self.guidance, self.batch_size, null_prompt=null)
+        how = dict(null_prompt=null, solver=row.solver)
+        return generate(transformer, prompts, labels, noise, row.steps, self.guidance, self.batch_size, **how)
 
     def images(self, row: Row, seed: int) -> torch.Tensor:
         """The images of a finished row, float32 [samples, C, H, W]."""
@@ -141,7 +143,7 @@ class Study:
         batches = list(zip(labels.split(self.batch_size), noise.split(self.batch_size), strict=True))
         for some_labels, some_noise in tqdm(batches, desc=f"{row.name}, seed {seed}", mininterval=2):
             method.record(True)
-            some = self._generate(transformer, prompts, some_labels, some_noise, row.steps)
+            some = self._generate(transformer, prompts, some_labels, some_noise, row)
             if not torch.isfinite(some).all():
                 raise ValueError(f"row {row.name!r}, seed {seed}: the sampler has diverged to NaN or infinite pixels")
             if kept := method.kept_tokens():
@@ -160,7 +162,7 @@ class Study:
         if not self.bed.foreground:
             result["foreground_recall"] = None
         if method.measured:
-            result["gflops"] = self._measured_flops(transformer, prompts, labels, noise, row.steps) / 1e9
+            result["gflops"] = self._measured_flops(transformer, prompts, labels, noise, row) / 1e9
             if not any(kept for kept, _ in work):  # what it leaves out are no whole tokens
                 result |= dict(kept_share=None, foreground_recall=None)
         method.disable()
@@ -170,11 +172,11 @@ class Study:
         write_text(file, json.dumps(result, indent=1))
         return result
 
-    def _measured_flops(self, transformer, prompts, labels: torch.Tensor, noise: torch.Tensor, steps: int) -> float:
+    def _measured_flops(self, transformer, prompts, labels: torch.Tensor, noise: torch.Tensor, row: Row) -> float:
         """Operations of an image, counted while one batch is made."""
         counter, size = FlopCounterMode(display=False), min(self.batch_size, len(labels))
         with counter, sdpa_kernel(SDPBackend.MATH):  # the counter does not know the CPU's fused attention
-            self._generate(transformer, prompts, labels[:size], noise[:size], steps)
+            self._generate(transformer, prompts, labels[:size], noise[:size], row)
         return counter.get_total_flops() / size
 
     def _reference(self, seed: int) -> torch.Tensor:
@@ -208,13 +210,13 @@ class Study:
         if file.is_file():
             return json.loads(file.read_text())
         labels, noise = self.bed.labels(self.batch_size), self.bed.noise(self.batch_size, seed=0)
-        models = [(self._setup(each), each.steps) for each in (self.dense, row)]
+        models = [(self._setup(each), each) for each in (self.dense, row)]
         pairs = []
         for _ in tqdm(range(self.timing_repeats + 1), desc=f"{row.name}, timing", mininterval=2):
             pair = []
-            for (transformer, prompts, _), steps in models:
+            for (transformer, prompts, _), each in models:
                 started = time.perf_counter()
-                self._generate(transformer, prompts, labels, noise, steps)
+                self._generate(transformer, prompts, labels, noise, each)
                 pair.append((time.perf_counter() - started) / self.batch_size)
             pairs.append(pair)
         pairs = pairs[1:]

@@ -14,7 +14,7 @@ from .. import methods
 from ..methods.base import site_tokens
 from ..selection.baselines import LargestNormSelector, RandomSelector
 from .model import ASSETS
-from .sampling import STEPS
+from .sampling import EULER, STEPS
 
 
 @dataclass(frozen=True)
@@ -32,6 +32,7 @@ class Row:
         group: rows of one group share a colour in the plot.
         options: further settings of the method, as pairs of a name and a value: of a method of
             :mod:`shiva_ext.methods` its own, trained or not, of the others those of :func:`shiva_ext.enable`.
+        solver: of :func:`~.sampling.generate`.
         cache: name of a cache of :mod:`.cached_rows` and its strength, if there is one beside the method.
     """
 
@@ -45,6 +46,7 @@ class Row:
     group: str = "dense"
     options: tuple[tuple[str, object], ...] = ()
     cache: tuple[str, float] | None = None
+    solver: str = EULER
 
 
 ROWS = (
