@@ -313,6 +313,7 @@ def enable(
     if router is not None and device.type != "meta" and next(router.parameters()).device != device:
         router.to(device)
     state = hooks.SelectionState(selector, adapter_for(transformer), tile, bool(batched_guidance), fused, reconstruct)
+    state.check_guidance(bool(batched_guidance))
     if (cached := get_cache(transformer)) is not None:
         cached.cache.check_selection(state)
     handle = Handle(transformer, state)

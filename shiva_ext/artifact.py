@@ -23,6 +23,11 @@ if TYPE_CHECKING:
 CONFIG_NAME, WEIGHTS_NAME, ADAPTER_NAME = "config.json", "shiva.safetensors", "adapter"
 
 
+def guidance_of(metadata: dict) -> float:
+    """Scale of guidance that was distilled into an artefact's weights, see ``TrainConfig.guidance``; 0 is none."""
+    return float(metadata.get("training", {}).get("guidance", 0))
+
+
 @dataclass
 class ShivaArtifact:
     """Router, ratio table and, optionally, the policy the table came from and the adapter that was tuned with them.
@@ -49,6 +54,11 @@ class ShivaArtifact:
     @property
     def first_layer(self) -> int:
         return self.table.first_layer
+
+    @property
+    def guidance(self) -> float:
+        """Scale of guidance that the tuned weights give in one call; 0 where the pipeline guides."""
+        return guidance_of(self.metadata)
 
     def group(self, layer: int) -> int | None:
         """Layers of one group select once, for all of them; None selects for itself."""
@@ -157,11 +167,15 @@ class MethodSource:
         num_layers: of the model.
         weights: of a method that is trained.
         adapter: PEFT folder of the weights that were tuned with it.
+
+    Attributes:
+        guidance: see :attr:`ShivaArtifact.guidance`.
     """
 
     def __init__(self, method, num_layers: int, weights: nn.Module | None = None, adapter: Path | None = None):
         self.method, self.first_layer = method, method.first_layer
         self.weights, self.adapter = weights, adapter
+        self.guidance = 0.0
         self._ratios = (1.0,) * num_layers
 
     def ratios(self, sigma: float) -> tuple[float, ...]:

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from ._library import __version__
-from .artifact import ADAPTER_NAME, MethodSource, load, write_folder
+from .artifact import ADAPTER_NAME, MethodSource, guidance_of, load, write_folder
 from .methods import TRAINED, TrainedMethod
 from .models import adapter_for
 
@@ -74,7 +74,9 @@ class MethodArtifact:
             weights.to(device)
         weights.eval().requires_grad_(False)
         self.method.prepare(weights)
-        return MethodSource(self.method, adapter.dims(transformer)["num_layers"], weights, self.adapter)
+        source = MethodSource(self.method, adapter.dims(transformer)["num_layers"], weights, self.adapter)
+        source.guidance = guidance_of(self.metadata)
+        return source
 
     def save(self, folder: str | os.PathLike) -> Path:
         """Write the artefact with its adapter folder; config and weights appear whole or not at all."""

@@ -52,6 +52,9 @@ class WatchedState(Protocol):
     def new_run(self) -> None:
         """A run begins, or is over: nothing is carried on."""
 
+    def check_guidance(self, guides: bool) -> None:
+        """Raise ValueError if the pipeline must not guide, or must."""
+
 
 class SchedulerWatch:
     """Tells a state what a pipeline is about to do: the step's noise level, and whether it guides.
@@ -135,12 +138,14 @@ class SchedulerWatch:
         )
 
     def _read_guidance(self) -> None:
+        running = self.entry is not None
+        told = running and bool(getattr(self.pipeline, "do_classifier_free_guidance", False))
+        self.state.check_guidance(told)
         if self.batched_guidance is None:
-            running = self.entry is not None
-            guides = running and self.state.adapter.guides_in_batch
+            guides = told and self.state.adapter.guides_in_batch
             # Perturbed attention guidance adds a third part to the batch: there are no halves to agree.
             guides = guides and not getattr(self.pipeline, "do_perturbed_attention_guidance", False)
-            self.state.batched_guidance = guides and bool(getattr(self.pipeline, "do_classifier_free_guidance", False))
+            self.state.batched_guidance = guides
 
     def remove(self) -> None:
         """Give the scheduler its methods back, also from under those of a later watch."""

@@ -98,6 +98,19 @@ class SelectionState:
         """No level is announced any more."""
         self.sigma, self.quota, self.fixed = None, (), False
 
+    def check_guidance(self, guides: bool) -> None:
+        """Refuse to guide what has learned to give the guided output by itself.
+
+        Raises:
+            ValueError: it would be guided twice.
+        """
+        scale = getattr(self.selector, "guidance", 0)
+        if guides and scale:
+            raise ValueError(
+                f"shiva_ext: the artefact was trained to give the output guided at scale {scale:g} in one call, and "
+                "the pipeline guides it again; call it with guidance_scale=1"
+            )
+
     @property
     def stateful(self) -> str | None:
         """What carries tensors from step to step, if anything does."""

@@ -47,10 +47,6 @@ def _thresholds(*values: float) -> dict[str, dict]:
     return {f"{each:g}": {"threshold": each} for each in values}
 
 
-def _shifts(*values: float) -> dict[str, dict]:
-    return {f"{each:+g}" if each else "0": {"shift": each} for each in values}
-
-
 def _selectors(name: str, source: str, ratios: tuple[float, ...], **options) -> list[Row]:
     return [
         Row(f"{name} {r:g}", "selector", source, r, STEPS, group=name, options=tuple(options.items())) for r in ratios
@@ -74,7 +70,6 @@ def cells(testbed: str = "fashion") -> list[Row]:
         *_cells("SDTM", "method", "sdtm", _SDTM),
         *_cells("SparseDiT", "artefact of a method", "sparsedit60", _SPARSE),
         *_cells("DyDiT", "artefact of a method", "dydit60", _thresholds(0.2, 0.5, 0.7, 0.85)),
-        *_cells("DiffCR", "artefact of a method", "diffcr60", _shifts(0.2, 0.1, 0.0, -0.1)),
         *_selectors("random", "random", KEPT),
         *_selectors("random, last value", "random", KEPT, reconstruct="last"),
         *_selectors("random, nearest kept", "random", KEPT, reconstruct="nearest"),

@@ -64,6 +64,9 @@ class CacheState:
         self.step, self.steps, self.level, self.calls = None, None, None, 0
         self.planned, self.announced = (), False
 
+    def check_guidance(self, guides: bool) -> None:
+        """A cache is for models with and without guidance."""
+
     def at(self, sigma: float) -> None:
         """The scheduler's next step has this noise level; where it is in the run is read from its watch."""
         if self.watch.scheduler is not self.scheduler:

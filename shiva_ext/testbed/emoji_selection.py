@@ -16,7 +16,7 @@ from shiva_ext.training.trainer import Batch
 from .emoji import TextEncoder, batch_source, compose, load_pictures, token_importance
 from .flow_training import default_device, flow_matching_batch
 from .model import ASSETS
-from .train_shiva import TESTBED_CONFIG, make_trainer
+from .train_shiva import PROMPT_ARGUMENTS, TESTBED_CONFIG, make_trainer
 
 CONFIG = replace(TESTBED_CONFIG, batch_size=32, micro_batches=2, joint_steps=3000, adapter_rank=16)
 
@@ -41,10 +41,11 @@ def train(config: TrainConfig, out: str | os.PathLike, dense_model: str | os.Pat
     device = default_device(ops=True)
     transformer = load_dense(dense_model).to(device)
     source = batch_source(config.prompt_dropout, device)
+    empty = dict(zip(PROMPT_ARGUMENTS, TextEncoder().encode([""]), strict=True))
 
     def next_batch(count: int, generator: torch.Generator) -> Batch:
-        images, tokens, pooled = source(count, generator)
-        return Batch(images, dict(encoder_hidden_states=tokens, pooled_projections=pooled))
+        images, *prompts = source(count, generator)
+        return Batch(images, dict(zip(PROMPT_ARGUMENTS, prompts, strict=True)), empty)
 
     display = make_display(True)
     trainer = make_trainer(transformer, config, next_batch, display)

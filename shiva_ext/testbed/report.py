@@ -11,7 +11,6 @@ from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 
 import torch
-from diffusers import SD3Transformer2DModel
 from safetensors.torch import load_file, save_file
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
@@ -84,15 +83,20 @@ class Study:
         """Everything that a row's images depend on, but for the seed."""
         left_out = {"name", "repeat", "group"} | ({"cache"} if row.cache is None else set())
         left_out |= {"solver"} if row.solver == EULER else set()
+        left_out |= {"guidance"} if row.guidance is None else set()
         settings = {key: value for key, value in asdict(row).items() if key not in left_out}
         if row.cache is not None and (file := self.caches.file(*row.cache, row.steps)) is not None:
             settings["calibration"] = json.loads(file.read_text())
-        settings |= dict(version=VERSION, samples=self.samples, guidance=self.guidance, batch_size=self.batch_size)
+        settings |= dict(version=VERSION, samples=self.samples, batch_size=self.batch_size)
+        settings |= dict(guidance=self._guidance(row))
         settings |= dict(dtype=str(self.dtype), model=self._digest(self.bed.model_dir))
         settings |= dict(classifier=self._digest(self.bed.judge_dir))
         if folder := artefact_folder(row):
             settings["source"] = self._digest(folder)
         return settings
+
+    def _guidance(self, row: Row) -> float:
+        return self.guidance if row.guidance is None else row.guidance
 
     def _digest(self, folder: Path) -> str:
         if folder not in self._fingerprints:
@@ -105,15 +109,15 @@ class Study:
 
     def _setup(self, row: Row):
         transformer, prompts = self.bed.load(self.dtype)
-        method = METHODS[row.method](transformer, row, self.guidance > 1)
+        method = METHODS[row.method](transformer, row, self._guidance(row) > 1)
         if row.cache is not None:
-            method = self.caches.put_on(transformer, method, *row.cache, row.steps, self.guidance > 1)
+            method = self.caches.put_on(transformer, method, *row.cache, row.steps, self._guidance(row) > 1)
         return transformer, prompts, method
 
     def _generate(self, transformer, prompts, labels: torch.Tensor, noise: torch.Tensor, row: Row) -> torch.Tensor:
         null = self.bed.null_prompt
         how = dict(null_prompt=null, solver=row.solver)
-        return generate(transformer, prompts, labels, noise, row.steps, self.guidance, self.batch_size, **how)
+        return generate(transformer, prompts, labels, noise, row.steps, self._guidance(row), self.batch_size, **how)
 
     def images(self, row: Row, seed: int) -> torch.Tensor:
         """The images of a finished row, float32 [samples, C, H, W]."""
@@ -156,7 +160,7 @@ class Study:
             images.append(some)
         images = torch.cat(images).half()
         result = {"name": row.name, "seed": seed, **self._metrics(images.float(), labels, reference)}
-        result |= self._cost(transformer, work, method.router_width)
+        result |= self._cost(transformer, work, method.router_width, self._guidance(row))
         # Nothing to count means that no layer was pruned.
         result["foreground_recall"] = 1.0 if recall.value is None else recall.value
         if not self.bed.foreground:
@@ -192,13 +196,13 @@ class Study:
         decibels = None if reference is None else psnr(images, reference).mean().item()
         return result | dict(psnr=None if decibels == float("inf") else decibels)
 
-    def _cost(self, transformer: SD3Transformer2DModel, work: list[tuple[dict, int]], router_width: int) -> dict:
+    def _cost(self, transformer, work: list[tuple[dict, int]], router_width: int, guidance: float) -> dict:
         tokens = (transformer.config.sample_size // transformer.config.patch_size) ** 2
         flops = sum(
             sd3_forward_flops(transformer, self.bed.prompt_tokens, tokens, kept, router_width) + more
             for kept, more in work
         )
-        flops *= 2 if self.guidance > 1 else 1
+        flops *= 2 if guidance > 1 else 1
         # The first block is dense in every method: the share is that of the others.
         layers = range(1, transformer.config.num_layers)
         share = statistics.fmean(_mean(kept.get(layer, tokens)) / tokens for kept, _ in work for layer in layers)

@@ -32,6 +32,7 @@ class Row:
         group: rows of one group share a colour in the plot.
         options: further settings of the method, as pairs of a name and a value: of a method of
             :mod:`shiva_ext.methods` its own, trained or not, of the others those of :func:`shiva_ext.enable`.
+        guidance: scale, where it is not the testbed's: 1 of an artefact that has learned it.
         solver: of :func:`~.sampling.generate`.
         cache: name of a cache of :mod:`.cached_rows` and its strength, if there is one beside the method.
     """
@@ -47,6 +48,7 @@ class Row:
     options: tuple[tuple[str, object], ...] = ()
     cache: tuple[str, float] | None = None
     solver: str = EULER
+    guidance: float | None = None
 
 
 ROWS = (

@@ -34,16 +34,19 @@ TESTBED_CONFIG = TrainConfig(
 )
 
 
+PROMPT_ARGUMENTS = "encoder_hidden_states", "pooled_projections"
+
+
 def batch_source(prompts, prompt_dropout: float, data_dir: str | None = None):
     """``next_batch`` of :class:`ShivaTrainer` on the training split."""
     images, labels = load_split("train", data_dir)
+    empty = dict(zip(PROMPT_ARGUMENTS, prompts(torch.tensor([NULL_PROMPT])), strict=True))
 
     def next_batch(count: int, generator: torch.Generator) -> Batch:
         pixels, classes = Batches(images, labels, count, generator).next()
         classes = classes.clone()
         classes[torch.rand(count, generator=generator) < prompt_dropout] = NULL_PROMPT
-        tokens, pooled = prompts(classes)
-        return Batch(pixels, dict(encoder_hidden_states=tokens, pooled_projections=pooled))
+        return Batch(pixels, dict(zip(PROMPT_ARGUMENTS, prompts(classes), strict=True)), empty)
 
     return next_batch
 

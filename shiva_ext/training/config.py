@@ -61,6 +61,9 @@ class TrainConfig:
             much is kept at ``lr_policy``.
         start_from: folder or hub id of an artefact to go on from, of the same kind of model: its router, policy and
             adapters in place of fresh ones. With ``router_steps`` and ``policy_steps`` 0 only the joint stage follows.
+        guidance: above 1 the teacher is the dense model guided at this scale, u + guidance * (c - u), and the student
+            learns to give that in one call: its pipeline then runs without guidance (``guidance_scale=1``), in half the
+            calls. Needs ``output_weight``; the model's own loss, which knows no guidance, is left out. 0 is off.
     """
 
     budget: float = 0.6
@@ -105,6 +108,7 @@ class TrainConfig:
     seed: int = 0
     method: str = "shiva"
     start_from: str = ""
+    guidance: float = 0.0
 
     def steps_before(self, stage: str) -> int:
         """Steps of the stages before this one ("router", "policy", "joint"); "end" is behind the last."""
@@ -126,6 +130,11 @@ class TrainConfig:
                 )
         if self.method not in METHODS:
             raise ValueError(f"TrainConfig: method is {self.method!r}, wanted one of {', '.join(METHODS)}")
+        if self.guidance and not (self.guidance > 1 and self.output_weight > 0):
+            raise ValueError(
+                f"TrainConfig: guidance is {self.guidance} and output_weight {self.output_weight}, wanted a scale "
+                "above 1 and a weight above 0 (the guided output is what is learned), or guidance 0"
+            )
         if self.keep_checkpoints < 1 or self.log_every < 1:
             raise ValueError("TrainConfig: keep_checkpoints and log_every must be at least 1")
         if self.batch_size % self.micro_batches:

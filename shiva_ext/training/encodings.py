@@ -185,4 +185,5 @@ class CachedSource:
         found = [self._load(self.paths[i]) for i in drawn]
         latents = torch.stack([tensors.pop(_LATENTS) for tensors in found])
         conditions = [self.empty if drop else own for own, drop in zip(found, dropped, strict=True)]
-        return Batch(latents, {name: _padded([c[name] for c in conditions]) for name in self.empty})
+        empty = {name: _padded([tensor]) for name, tensor in self.empty.items()}
+        return Batch(latents, {name: _padded([c[name] for c in conditions]) for name in self.empty}, empty)

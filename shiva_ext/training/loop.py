@@ -6,7 +6,7 @@ import os
 import time
 from abc import ABC, abstractmethod
 from collections.abc import Callable
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import NamedTuple
 
@@ -29,14 +29,21 @@ from .objectives import FlowMatching, Objective
 from .processes import average, gather_gradients, rank, shard, unsharded, world
 from .recipes import Recipe, recipe_for
 from .sampling import derive_seed
-from .stages import Teacher
+from .stages import Teacher, run_teacher
 
 
 class Batch(NamedTuple):
-    """Training samples: latents [B,...], and what the transformer is conditioned on, by argument, [B,...] each."""
+    """Training samples.
+
+    Attributes:
+        latents: [B,...].
+        conditions: what the transformer is conditioned on, by argument, [B,...] each.
+        empty: the same of the empty prompt, [1,...] each; only distilled guidance wants it.
+    """
 
     latents: Tensor
     conditions: dict[str, Tensor]
+    empty: dict[str, Tensor] | None = None
 
 
 class Call(NamedTuple):
@@ -46,11 +53,13 @@ class Call(NamedTuple):
         noisy: latents at their noise levels.
         wanted: what the model's own objective wants to be predicted.
         inputs: arguments of the transformer.
+        empty: the same with the empty prompt; None where guidance is not distilled.
     """
 
     noisy: Tensor
     wanted: Tensor
     inputs: dict
+    empty: dict | None = None
 
 
 class TrainingLoop(ABC):
@@ -174,9 +183,28 @@ class TrainingLoop(ABC):
         conditions = {name: value.to(self.device) for name, value in batch.conditions.items()}
         noisy = self.objective.noisy(latents, noise, sigma)
         wanted = self.objective.target(latents, noise, sigma)
-        return Call(
-            noisy, wanted, self.recipe.inputs(self.transformer, noisy, self.objective.timestep(sigma), conditions)
-        )
+        timestep = self.objective.timestep(sigma)
+        inputs = self.recipe.inputs(self.transformer, noisy, timestep, conditions)
+        if not self.config.guidance:
+            return Call(noisy, wanted, inputs)
+        if batch.empty is None:
+            raise ValueError(
+                f"{type(self).__name__}: guidance is {self.config.guidance:g}, but next_batch gave no conditions of "
+                "the empty prompt; wanted them as Batch.empty"
+            )
+        B = len(sigma)
+        empty = {name: value.to(self.device).expand(B, *value.shape[1:]) for name, value in batch.empty.items()}
+        return Call(noisy, wanted, inputs, self.recipe.inputs(self.transformer, noisy, timestep, empty))
+
+    def run_teacher(self, call: Call) -> Teacher:
+        """The dense model's run; its output is guided where that is distilled."""
+        teacher = run_teacher(self.transformer, self.state, **call.inputs)
+        if call.empty is None:
+            return teacher
+        empty, C = run_teacher(self.transformer, self.state, **call.empty).output, call.noisy.shape[1]
+        # Behind the prediction some models give a variance, which no pipeline guides.
+        guided = torch.lerp(empty[:, :C], teacher.output[:, :C], self.config.guidance)
+        return replace(teacher, output=torch.cat([guided, teacher.output[:, C:]], dim=1))
 
     def diffusion_error(self, output: Tensor, call: Call) -> Tensor:
         """The model's own loss."""
@@ -207,7 +235,7 @@ class TrainingLoop(ABC):
             ),
         }
         total = (
-            config.diffusion_weight * terms["diffusion"]
+            (0.0 if config.guidance else config.diffusion_weight) * terms["diffusion"]
             + config.output_weight * terms["output"]
             + config.feature_weight * terms["features"]
         )

@@ -17,7 +17,6 @@ from shiva_ext.models import adapter_for
 from .config import TrainConfig
 from .loop import Batch, TrainingLoop
 from .sampling import stratified_timesteps
-from .stages import run_teacher
 
 
 class MethodPass:
@@ -113,7 +112,7 @@ class MethodTrainer(TrainingLoop):
         call, state = self.call(drawn[0], generator), self.state
         state.at(float(drawn[0].mean()), fixed=True)
         with torch.autocast(self.device.type, torch.bfloat16, enabled=self.config.precision == "bf16"):
-            teacher = run_teacher(self.transformer, state, **call.inputs)
+            teacher = self.run_teacher(call)
             state.trainer = student = MethodPass(state)
             try:
                 output = self.transformer(**call.inputs, return_dict=False)[0]

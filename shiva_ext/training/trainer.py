@@ -8,6 +8,7 @@ from pathlib import Path
 
 import torch
 from torch import Tensor, nn
+from torch.nn import functional as F
 
 from shiva_ext import hooks
 from shiva_ext.artifact import ShivaArtifact
@@ -17,7 +18,7 @@ from shiva_ext.selection import BudgetLoss, RatioPolicy, RatioTable, ShivaRouter
 from .config import TrainConfig
 from .loop import Batch, TrainingLoop
 from .sampling import shared_ratios, stratified_ratios, stratified_timesteps
-from .stages import run_student, run_teacher
+from .stages import run_student
 from .start import load_start
 
 STAGES = ("router", "policy", "joint")
@@ -115,9 +116,13 @@ class ShivaTrainer(TrainingLoop):
         with torch.autocast(self.device.type, torch.bfloat16, enabled=self.config.precision == "bf16"):
             if self.dense:
                 self.state.active = False
-                error = self.diffusion_error(self.transformer(**call.inputs, return_dict=False)[0], call)
+                output = self.transformer(**call.inputs, return_dict=False)[0]
+                if self.config.guidance:
+                    error = F.mse_loss(output.float(), self.run_teacher(call).output.float())
+                    return error, {"output": error.detach()}
+                error = self.diffusion_error(output, call)
                 return error, {"diffusion": error.detach()}
-            teacher = run_teacher(self.transformer, self.state, **call.inputs)
+            teacher = self.run_teacher(call)
             ratios = self._ratios(stage, sigma, warm)
             output, student = run_student(self.transformer, self.state, self.estimator, ratios, teacher, **call.inputs)
         total, record = self.distilled(output, call, student.outputs, teacher)
