@@ -1,9 +1,7 @@
 """Training of a testbed's dense model by flow matching (rectified flow, velocity target)."""
 
-import copy
 import json
 import os
-import time
 from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -11,11 +9,9 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
-from tqdm import tqdm
 
 from shiva_ext import build_info
-from shiva_ext.training import checkpoint
-from shiva_ext.training.sampling import derive_seed
+from shiva_ext.training.averaged import train_averaged
 
 
 @dataclass
@@ -81,67 +77,20 @@ def train_flow(
     out.mkdir(parents=True, exist_ok=True)
     device = next(model.parameters()).device
     model.train()
-    average = copy.deepcopy(model).requires_grad_(False)
-    if device.type == "cuda":  # small kernels: the host cannot start them as fast as they end
-        for block in model["transformer"].transformer_blocks:
-            block.compile()
-    optimizer = torch.optim.AdamW(model.parameters(), lr=0.0, betas=(0.9, 0.99), weight_decay=0.01)
-    step, curve, running, seconds = 0, [], [], 0.0
-    folder = out / "checkpoints"
-    found = checkpoint.latest(folder) if folder.exists() else None
-    if found is not None:
-        tensors, record = found
-        if record["config"] != asdict(config):
-            raise ValueError(f"shiva_ext: {out} holds a run with other settings; choose another folder")
-        parts = {
-            name: {k.removeprefix(name): v for k, v in tensors.items() if k.startswith(name)}
-            for name in ("model.", "average.", "optimizer.")
-        }
-        model.load_state_dict(parts["model."])
-        average.load_state_dict(parts["average."])
-        checkpoint.unflatten(optimizer, parts["optimizer."])
-        step, curve, running, seconds = (record[name] for name in ("step", "curve", "running", "seconds"))
-    started = time.monotonic()
-    with tqdm(total=config.steps, initial=step, desc="dense model", mininterval=5) as bar:
-        while step < config.steps:
-            generator = torch.Generator().manual_seed(derive_seed(config.seed, "dense", step))
-            for group in optimizer.param_groups:
-                fall = (config.steps - step) / max(1, config.decay * config.steps)
-                group["lr"] = config.lr * min(1.0, (step + 1) / config.warmup, fall)
-            # Logit-normal noise levels, as SD3 trains with.
-            sigma = torch.sigmoid(torch.randn(config.batch_size, generator=generator)).to(device)
-            with torch.autocast(device.type, torch.bfloat16):
-                images, tokens, pooled = next_batch(model, config.batch_size, generator)
-                noisy, target = flow_matching_batch(images, sigma, generator)
-                velocity = model["transformer"](noisy, tokens, pooled, sigma * 1000, return_dict=False)[0]
-            loss = F.mse_loss(velocity.float(), target)
-            optimizer.zero_grad(set_to_none=True)
-            loss.backward()
-            nn.utils.clip_grad_norm_(model.parameters(), 1.0)
-            optimizer.step()
-            with torch.no_grad():
-                decay = min(config.ema, (step + 1) / (step + 10))
-                pairs = list(zip(average.parameters(), model.parameters(), strict=True))
-                torch._foreach_lerp_([a for a, _ in pairs], [m for _, m in pairs], 1 - decay)
-            step += 1
-            running.append(loss.detach())
-            bar.update()
-            due = step % config.checkpoint_every == 0 or step == config.steps
-            if step % 50 == 0 or due:  # not each step: to read one waits for the device
-                running = [float(each) for each in running]
-            if step % 50 == 0 or step == config.steps:
-                curve.append([step, round(sum(running) / len(running), 5)])
-                running = []
-                bar.set_postfix(loss=curve[-1][1])
-            if due:
-                tensors = {f"model.{k}": v for k, v in model.state_dict().items()}
-                tensors |= {f"average.{k}": v for k, v in average.state_dict().items()}
-                tensors |= {f"optimizer.{k}": v for k, v in checkpoint.flatten(optimizer).items()}
-                spent = seconds + time.monotonic() - started
-                record = dict(config=asdict(config), curve=curve, running=running, seconds=spent)
-                checkpoint.write(folder, step, tensors, record, keep=2)
-    record = dict(config=asdict(config), seconds=round(seconds + time.monotonic() - started), loss=curve)
+
+    def loss(generator: torch.Generator) -> Tensor:
+        # Logit-normal noise levels, as SD3 trains with.
+        sigma = torch.sigmoid(torch.randn(config.batch_size, generator=generator)).to(device)
+        with torch.autocast(device.type, torch.bfloat16):
+            images, tokens, pooled = next_batch(model, config.batch_size, generator)
+            noisy, target = flow_matching_batch(images, sigma, generator)
+            velocity = model["transformer"](noisy, tokens, pooled, sigma * 1000, return_dict=False)[0]
+        return F.mse_loss(velocity.float(), target)
+
+    blocks = model["transformer"].transformer_blocks
+    found = train_averaged(model, loss, config.steps, config, out / "checkpoints", "dense", compiled=blocks)
+    record = dict(config=asdict(config), seconds=round(found.seconds), loss=found.curve)
     record["device"] = torch.cuda.get_device_name() if device.type == "cuda" else "CPU"
     (out / "training.tmp").write_text(json.dumps(record))
     os.replace(out / "training.tmp", out / "training.json")
-    return average
+    return found.model

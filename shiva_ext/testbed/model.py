@@ -69,8 +69,13 @@ def build_transformer(**overrides) -> SD3Transformer2DModel:
 
 def save_model(folder: str | os.PathLike, transformer: nn.Module, prompts: PromptTable) -> None:
     """Write ``transformer/`` (diffusers layout) and ``prompts.safetensors`` into ``folder``."""
+    transformer.save_pretrained(Path(folder) / "transformer")
+    save_prompts(folder, prompts)
+
+
+def save_prompts(folder: str | os.PathLike, prompts: PromptTable) -> None:
+    """Write ``prompts.safetensors`` into ``folder``."""
     folder = Path(folder)
-    transformer.save_pretrained(folder / "transformer")
     temporary = folder / "prompts.safetensors.tmp"
     save_file({k: v.contiguous() for k, v in prompts.state_dict().items()}, temporary)
     os.replace(temporary, folder / "prompts.safetensors")
@@ -88,9 +93,14 @@ def load_model(folder: str | os.PathLike | None = None, dtype: torch.dtype = tor
     """
     folder = Path(folder or ASSETS / "dense")
     transformer = SD3Transformer2DModel.from_pretrained(folder / "transformer", torch_dtype=dtype)
+    return transformer.eval().requires_grad_(False), load_prompts(folder, dtype)
+
+
+def load_prompts(folder: str | os.PathLike, dtype: torch.dtype = torch.float32) -> PromptTable:
+    """Load what :func:`save_prompts` has written, in eval mode and without gradients."""
     prompts = PromptTable()
-    prompts.load_state_dict(load_file(folder / "prompts.safetensors"))
-    return transformer.eval().requires_grad_(False), prompts.to(dtype).eval().requires_grad_(False)
+    prompts.load_state_dict(load_file(Path(folder) / "prompts.safetensors"))
+    return prompts.to(dtype).eval().requires_grad_(False)
 
 
 def build_pipeline(transformer: SD3Transformer2DModel) -> StableDiffusion3Pipeline:
