@@ -14,8 +14,10 @@ from .model import initial_acceleration_model, initial_velocity_model, predict, 
 from .pairs import Pairs, make_pairs
 from .pipeline import CAFInversion, CAFPipeline
 from .scheduler import CAFScheduler
+from .train import CAFConfig, train_caf, train_rectified_flow
 
 __all__ = [
+    "CAFConfig",
     "CAFInversion",
     "CAFPipeline",
     "CAFScheduler",
@@ -32,5 +34,7 @@ __all__ = [
     "predict_data_from_velocity",
     "scale_output",
     "straightness",
+    "train_caf",
+    "train_rectified_flow",
     "widen_input",
 ]
