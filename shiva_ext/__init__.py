@@ -28,7 +28,7 @@ _LAZY = {
     "save": "artifact",
     "summary": "_summary",
 }
-_SUBMODULES = ("bench", "caches", "evaluation", "methods", "models", "selection", "testbed", "training")
+_SUBMODULES = ("bench", "caches", "caf", "evaluation", "methods", "models", "selection", "testbed", "training")
 
 __all__ = [
     "CacheHandle",

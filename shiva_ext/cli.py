@@ -94,6 +94,19 @@ def _train_classifier(args) -> None:
     print(json.dumps(train(_config(args, ClassifierConfig), args.out, args.data_dir), indent=1))
 
 
+def _train_caf(args, rectified_flow: bool = False) -> None:
+    from .caf.fashion import train
+    from .caf.train import CAFConfig
+
+    place = args.out, args.pairs, args.pairs_dir, args.dense_model
+    folder = train(_config(args, CAFConfig), *place, resume=args.resume, rectified_flow=rectified_flow)
+    print(f"done: {folder}; 'shiva bench caf' compares it")
+
+
+def _train_rectified_flow(args) -> None:
+    _train_caf(args, rectified_flow=True)
+
+
 def _train_testbed(args) -> None:
     from .testbed.train_shiva import train
     from .training.config import TrainConfig
@@ -142,6 +155,12 @@ def _bench_compose(args) -> None:
     from .bench.compose import run
 
     run(args.samples, args.methods, args.out, args.cache_dir, args.testbed, args.seeds)
+
+
+def _bench_caf(args) -> None:
+    from .bench.caf import run
+
+    run(args.samples, args.seed, args.caf, args.rectified_flow, args.dense_model, args.out, args.cache_dir)
 
 
 def _pairs(given: list[str] | None) -> dict[str, str]:
@@ -280,7 +299,10 @@ def _info(args) -> None:
 
 def parser() -> argparse.ArgumentParser:
     """The whole command line."""
+    from .bench.caf import CAF_DIR, CONTROL_DIR
     from .bench.trial import ESTIMATORS as TRIED
+    from .caf.fashion import CONFIG as CAF_CONFIG
+    from .caf.fashion import PAIRS, PAIRS_DIR
     from .testbed.classifier import ClassifierConfig
     from .testbed.dense import DenseConfig
     from .testbed.emoji import CONFIG as EMOJI_CONFIG
@@ -303,11 +325,18 @@ def parser() -> argparse.ArgumentParser:
         ("emoji-classifier", _train_emoji_classifier, EmojiClassifierConfig(), "the classifier of its pictures"),
         ("classifier", _train_classifier, ClassifierConfig(), "the classifier behind the metrics"),
         ("testbed", _train_testbed, TESTBED_CONFIG, "router, policy and adapters of the testbed's model"),
+        ("caf", _train_caf, CAF_CONFIG, "constant acceleration flow on pairs of the testbed's model: few steps"),
+        ("rectified-flow", _train_rectified_flow, CAF_CONFIG, "the control of caf: a rectified flow on the same pairs"),
     ):
         sub = train.add_parser(name, help=text, formatter_class=argparse.ArgumentDefaultsHelpFormatter)
         sub.add_argument("--out", required=True, help="folder to write")
         if name == "emoji-selection":
             sub.add_argument("--dense-model", default=EMOJI_DENSE, help="of 'shiva train emoji'; by default what ships")
+            sub.add_argument("--resume", action="store_true", help="go on from the last checkpoint in --out")
+        elif name in ("caf", "rectified-flow"):
+            sub.add_argument("--dense-model", help="the teacher's folder; by default the one that ships")
+            sub.add_argument("--pairs", type=int, default=PAIRS, help="of the teacher; those that are missing are made")
+            sub.add_argument("--pairs-dir", default=PAIRS_DIR, help="their folder, which both share")
             sub.add_argument("--resume", action="store_true", help="go on from the last checkpoint in --out")
         elif not name.startswith("emoji"):
             sub.add_argument("--data-dir", help="folder of the Fashion-MNIST .gz files")
@@ -341,6 +370,16 @@ def parser() -> argparse.ArgumentParser:
     sub.add_argument("--data-dir")
     sub.add_argument("--estimators", nargs="+", default=TRIED, metavar="NAME", help="see 'shiva train --estimator'")
     sub.set_defaults(run=_bench_trial)
+
+    sub = bench.add_parser("caf", help="constant acceleration flow: quality against evaluations of a network")
+    sub.add_argument("--samples", type=int, default=1000, help="images a row")
+    sub.add_argument("--seed", type=int, default=0, help="of the noise")
+    sub.add_argument("--caf", default=CAF_DIR, help="folder of 'shiva train caf'")
+    sub.add_argument("--rectified-flow", default=CONTROL_DIR, help="folder of 'shiva train rectified-flow'")
+    sub.add_argument("--dense-model", help="the teacher's folder; by default the one that ships")
+    sub.add_argument("--out", default="results", help="folder of caf.json and caf.png")
+    sub.add_argument("--cache-dir", default="build/caf/samples", help="folder of the images")
+    sub.set_defaults(run=_bench_caf)
 
     sub = bench.add_parser("pareto", help="every method at several strengths: quality against time, as a page")
     sub.add_argument("--testbed", default="fashion", help="fashion or emoji")

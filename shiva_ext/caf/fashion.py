@@ -12,12 +12,12 @@ from ..testbed.beds import Fashion
 from ..testbed.flow_training import default_device
 from ..testbed.sampling import generate
 from .pairs import Pairs, make_pairs
-from .train import CAFConfig, train_caf, train_rectified_flow
+from .train import CAFConfig, check_unused, train_caf, train_rectified_flow
 
 TEACHER_STEPS = 25
 PAIRS, PAIRS_DIR = 5000, "build/caf/pairs"
 # A small model and short runs: higher rates than the paper's.
-CONFIG = replace(CAFConfig(), velocity_steps=3000, acceleration_steps=3000, batch_size=32, lr=3e-4)
+CONFIG = replace(CAFConfig(), velocity_steps=2000, acceleration_steps=2000, batch_size=32, lr=3e-4)
 
 
 def fashion_pairs(
@@ -82,6 +82,7 @@ def train(
     Returns:
         the folder of the pipeline, or of the control's transformer.
     """
+    check_unused(out, resume)  # before an hour of pairs
     found = fashion_pairs(pairs_dir, pairs, dense_model)
     transformer, prompts = model.load_model(dense_model)
     run = train_rectified_flow if rectified_flow else train_caf

@@ -57,7 +57,9 @@ def widen_input(model: nn.Module) -> nn.Module:
     # Not from_config: it would take settings that were left at their defaults, such as out_channels, from there again.
     config = {name: value for name, value in model.config.items() if not name.startswith("_")}
     wide = type(model)(**{**config, "in_channels": 2 * C, "out_channels": model.out_channels})
-    wide.to(device=old.weight.device, dtype=old.weight.dtype)
+    wide.to(old.weight.device)
+    if wide.dtype != old.weight.dtype:  # diffusers warns of every conversion
+        wide.to(old.weight.dtype)
     state = dict(model.state_dict())
     state["pos_embed.proj.weight"] = torch.cat([old.weight.detach(), torch.zeros_like(old.weight)], dim=1)
     wide.load_state_dict(state)

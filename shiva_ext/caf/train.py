@@ -207,16 +207,21 @@ def _train(model: nn.Module, loss, out: Path, stage: str, config: CAFConfig) -> 
     )
 
 
+def check_unused(out: str | os.PathLike, resume: bool) -> None:
+    """Raise ValueError if a folder holds a run that is not to be resumed."""
+    if not resume and (Path(out) / "run.json").is_file():
+        raise ValueError(f"shiva_ext: {out} holds a run already; resume it (--resume), or choose another folder")
+
+
 def _claim(out: Path, method: str, pairs: Pairs, config: CAFConfig, resume: bool) -> None:
     """Write what a folder's run is, or compare it with the run that is there."""
+    check_unused(out, resume)
     run = dict(method=method, pairs=dict(pairs.identity, count=len(pairs.noise)), config=asdict(config))
     run, file = json.loads(json.dumps(run)), out / "run.json"
     if not file.is_file():
         out.mkdir(parents=True, exist_ok=True)
         write_text(file, json.dumps(run, indent=1) + "\n")
         return
-    if not resume:
-        raise ValueError(f"shiva_ext: {out} holds a run already; resume it (--resume), or choose another folder")
     before = json.loads(file.read_text())
     flat = [{**r["config"], **r["pairs"], "method": r["method"]} for r in (before, run)]
     other = [f"{k} {flat[0].get(k)} (now {v})" for k, v in flat[1].items() if flat[0].get(k) != v]
