@@ -81,22 +81,22 @@ def make_pairs_of(count: int = 12) -> Pairs:
 
 
 class Oracle(SD3Transformer2DModel):
-    """Puts out ``answer``, whatever it is asked, and keeps the times that it was asked for."""
+    """Puts out ``answer``, whatever it is asked, and keeps the shares of data that it was told of, 0 for noise."""
 
     def tell(self, answer: Tensor):
-        self.answer, self.times = answer, []
+        self.answer, self.shares = answer, []
         return self
 
     def forward(self, hidden_states, timestep=None, encoder_hidden_states=None, pooled_projections=None, **options):
-        self.times.append([round(1 - each / 1000, 6) for each in timestep.tolist()])
+        self.shares.append([round(1 - each / 1000, 6) for each in timestep.tolist()])
         return (self.answer,)
 
 
-def make_pipeline(velocity=None, acceleration=None, vae=None) -> CAFPipeline:
+def make_pipeline(velocity=None, acceleration=None, vae=None, h: float = 1.5) -> CAFPipeline:
     """Random networks unless others are given."""
     velocity = make_sd3() if velocity is None else velocity
     acceleration = filled(widen_input(velocity)) if acceleration is None else acceleration
-    pipe = CAFPipeline(velocity, acceleration.eval(), CAFScheduler(), vae)
+    pipe = CAFPipeline(velocity, acceleration.eval(), CAFScheduler(h), vae)
     pipe.set_progress_bar_config(disable=True)
     return pipe
 
@@ -105,4 +105,4 @@ def make_oracles(x0: Tensor, x1: Tensor, h: float) -> CAFPipeline:
     """A pipeline whose networks know v0 = h (x1 - x0) and a = 2 (x1 - x0) - 2 v0."""
     v0 = h * (x1 - x0)
     velocity = make_sd3(Oracle).tell(v0)
-    return make_pipeline(velocity, widen_input(velocity).tell(2 * (x1 - x0) - 2 * v0))
+    return make_pipeline(velocity, widen_input(velocity).tell(2 * (x1 - x0) - 2 * v0), h=h)

@@ -102,12 +102,12 @@ def test_evaluations_are_as_many_as_the_rows_say():
         if row.method == bench.CAF:
             pipe = make_oracles(X0, X1, 1.5)
             AccelerationFlow(pipe, no_prompts).generate(LABELS, X0, row.steps)
-            asked = pipe.velocity.times + pipe.acceleration.times
+            asked = pipe.velocity.shares + pipe.acceleration.shares
         else:
             guided = row.method == bench.DENSE
             network = make_sd3(Oracle).tell((X0 - X1).repeat(2 if guided else 1, 1, 1, 1))
             VelocityFlow(network, no_prompts, 2.0 if guided else 1.0).generate(LABELS, X0, row.steps)
-            asked = network.times
+            asked = network.shares
         assert sum(map(len, asked)) == row.evaluations * len(LABELS)
 
 
@@ -120,4 +120,4 @@ def test_euler_steps_are_even_and_guided_as_the_testbed_guides(model_dir):
     torch.testing.assert_close(flow.generate(labels, noise, 1), wanted, rtol=1e-4, atol=1e-4)
     network = make_sd3(Oracle).tell(X0)
     VelocityFlow(network, no_prompts).generate(LABELS, X0, 4)
-    assert [times[0] for times in network.times] == [0, 0.25, 0.5, 0.75]
+    assert [shares[0] for shares in network.shares] == [0, 0.25, 0.5, 0.75]

@@ -5,7 +5,7 @@ import torch
 from diffusers import AutoencoderKL
 from PIL import Image
 
-from shiva_ext.caf import CAFPipeline, predict, widen_input
+from shiva_ext.caf import CAFPipeline, widen_input
 
 from .networks import CHANNELS, FAMILIES, SIDE, draw, filled, make_oracles, make_pipeline, make_sd3, prompts
 
@@ -31,18 +31,19 @@ def test_oracles_give_the_data_and_by_inversion_the_noise(N, h):
 def test_the_velocity_is_estimated_once_and_the_acceleration_at_even_times(N):
     pipe = make_oracles(X0, X1, 1.5)
     latents(pipe, latents=X0, num_inference_steps=N)
-    assert pipe.velocity.times == [[0.0, 0.0]]
-    assert pipe.acceleration.times == [[pytest.approx(i / N, abs=1e-5)] * 2 for i in range(N)]
-    pipe.velocity.times, pipe.acceleration.times = [], []
+    assert pipe.velocity.shares == [[0.0, 0.0]]
+    shares = [pytest.approx(t**2 + 1.5 * (t - t**2), abs=1e-5) for t in (i / N for i in range(N + 1))]
+    assert pipe.acceleration.shares == [[share] * 2 for share in shares[:-1]]
+    pipe.velocity.shares, pipe.acceleration.shares = [], []
     pipe.invert(X1, **prompts(2), num_inference_steps=N)
-    assert pipe.velocity.times == [[1.0, 1.0]]
-    assert pipe.acceleration.times == [[pytest.approx(i / N, abs=1e-5)] * 2 for i in range(N, 0, -1)]
+    assert pipe.velocity.shares == [[1.0, 1.0]]
+    assert pipe.acceleration.shares == [[share] * 2 for share in reversed(shares[1:])]
 
 
 def test_a_given_velocity_is_taken_as_it_is():
     pipe = make_oracles(X0, X1, 1.5)
     latents(pipe, latents=X0, initial_velocity=X1 - X0)
-    assert pipe.velocity.times == []
+    assert pipe.velocity.shares == []
 
 
 @torch.no_grad()
@@ -51,7 +52,8 @@ def test_the_steps_are_those_of_algorithm_2():
     tokens, pooled = given.values()
 
     def call(network, x, t):
-        return network(x, tokens, pooled, torch.full((2,), 1000 * (1 - t)), return_dict=False)[0]
+        sigma = 1 - t**2 - 1.5 * (t - t**2)
+        return network(x, tokens, pooled, torch.full((2,), 1000 * sigma), return_dict=False)[0]
 
     v0 = call(pipe.velocity, X0, 0.0)
     x = X0
@@ -181,7 +183,7 @@ def test_inpainting_on_oracles_fills_the_hole_as_the_path_from_the_noise_does():
     ).images  # fmt: skip
     noise = torch.randn(SHAPE, generator=torch.Generator().manual_seed(0))
     torch.testing.assert_close(images, noise + (X1 - X0), rtol=0, atol=1e-5)
-    assert pipe.velocity.times == [[1.0, 1.0], [0.0, 0.0]]
+    assert pipe.velocity.shares == [[1.0, 1.0], [0.0, 0.0]]
 
 
 @pytest.mark.parametrize(
@@ -229,7 +231,3 @@ def test_other_sizes_than_the_networks_work():
     pipe = make_pipeline()
     small = draw(2, CHANNELS, 4, 6)
     assert latents(pipe, latents=small).shape == small.shape
-    with torch.no_grad():
-        assert predict(pipe.velocity, small, torch.zeros(2), dict(
-            encoder_hidden_states=prompts(2)["prompt_embeds"], pooled_projections=prompts(2)["pooled_prompt_embeds"]
-        )).shape == small.shape  # fmt: skip

@@ -11,7 +11,7 @@ X0, X1 = (draw(2, 3, 4, 4, seed=seed, dtype=torch.float64) for seed in (1, 2))
 
 
 def run(N, h=1.5, **config):
-    scheduler, v0 = CAFScheduler(**config), h * (X1 - X0)
+    scheduler, v0 = CAFScheduler(h, **config), h * (X1 - X0)
     scheduler.set_timesteps(N)
     x = X0
     for timestep in scheduler.timesteps:
@@ -23,7 +23,7 @@ def run(N, h=1.5, **config):
 @pytest.mark.parametrize("N", [1, 2, 5])
 def test_oracles_lead_from_noise_to_data_and_back(N, h):
     torch.testing.assert_close(run(N, h), X1, rtol=0, atol=1e-6)
-    scheduler, v0, x = CAFScheduler(), h * (X1 - X0), X1
+    scheduler, v0, x = CAFScheduler(h), h * (X1 - X0), X1
     scheduler.set_timesteps(N, inverse=True)
     for timestep in scheduler.timesteps:
         x = scheduler.invert_step(2 * (X1 - X0) - 2 * v0, timestep, x, v0).prev_sample
@@ -45,18 +45,27 @@ def test_the_second_of_three_steps_weighs_the_acceleration_with_its_middle():
     torch.testing.assert_close(found, x + v0 / 3 + 0.5 * a / 3)  # t' = 3 / 6
 
 
-def test_timesteps_count_down_from_noise_and_the_other_way_up_from_data():
-    scheduler = CAFScheduler()
+@pytest.mark.parametrize("h, timesteps", [(1.0, [1000, 750, 500, 250]), (1.5, [1000, 656.25, 375, 156.25])])
+def test_timesteps_are_noise_levels_of_even_times(h, timesteps):
+    """1 - t^2 - h (t - t^2): down from noise, and for inversion up from data."""
+    scheduler = CAFScheduler(h)
     scheduler.set_timesteps(4)
-    assert scheduler.timesteps.tolist() == [1000, 750, 500, 250]
+    assert scheduler.timesteps.tolist() == timesteps
     scheduler.set_timesteps(4, inverse=True)
-    assert scheduler.timesteps.tolist() == [0, 250, 500, 750]
-    assert [scheduler.time(each) for each in scheduler.timesteps] == [1, 0.75, 0.5, 0.25]
+    assert scheduler.timesteps.tolist() == [0, *reversed(timesteps[1:])]
+    assert [scheduler.time(each) for each in scheduler.timesteps] == pytest.approx([1, 0.75, 0.5, 0.25])
 
 
+@pytest.mark.parametrize("h", [0.01, 1.5, 2.0])
 @pytest.mark.parametrize("N", [7, 100, 999])
-def test_every_timestep_of_many_is_found_again(N):
-    torch.testing.assert_close(run(N), X1, rtol=0, atol=1e-6)
+def test_every_timestep_of_many_is_found_again(N, h):
+    torch.testing.assert_close(run(N, h), X1, rtol=0, atol=1e-6)
+
+
+@pytest.mark.parametrize("h", [0, -1, 2.1, float("nan")])
+def test_a_path_whose_noise_level_does_not_fall_is_refused(h):
+    with pytest.raises(ValueError, match="wanted a number above 0 and at most 2"):
+        CAFScheduler(h)
 
 
 def test_nothing_is_clamped_unless_asked_for():
@@ -75,12 +84,14 @@ def test_a_foreign_timestep_is_refused():
     with pytest.raises(ValueError, match="call set_timesteps"):
         scheduler.step(x, 1000, x, x)
     scheduler.set_timesteps(2)
-    with pytest.raises(ValueError, match=r"the timestep is 333, wanted one of the scheduler's, \[1000.0, 500.0\]"):
-        scheduler.step(x, 333, x, x)
-    with pytest.raises(ValueError, match="the timestep is 0"):
-        scheduler.step(x, 0, x, x)
-    with pytest.raises(ValueError, match="the timestep is 1000"):
-        scheduler.invert_step(x, 1000, x, x)
+    for foreign in (333, 0, float("nan")):
+        with pytest.raises(ValueError, match=f"timestep is {foreign}, wanted one of the 2 in its timesteps, .* 1000"):
+            scheduler.step(x, foreign, x, x)
+    with pytest.raises(ValueError, match=r"call set_timesteps\(num_inference_steps, inverse=True\)"):
+        scheduler.invert_step(x, 375, x, x)
+    scheduler.set_timesteps(2, inverse=True)
+    with pytest.raises(ValueError, match=r"call set_timesteps\(num_inference_steps\)"):
+        scheduler.step(x, 375, x, x)
 
 
 def test_shapes_that_differ_are_refused():
@@ -91,5 +102,6 @@ def test_shapes_that_differ_are_refused():
 
 
 def test_it_is_loaded_as_it_was_saved(tmp_path):
-    CAFScheduler(clip_sample=True).save_pretrained(tmp_path)
-    assert CAFScheduler.from_pretrained(tmp_path).config.clip_sample is True
+    CAFScheduler(h=1.25, clip_sample=True).save_pretrained(tmp_path)
+    config = CAFScheduler.from_pretrained(tmp_path).config
+    assert config.clip_sample is True and config.h == 1.25

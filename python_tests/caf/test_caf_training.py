@@ -64,13 +64,13 @@ def test_stage_a_asks_for_the_velocity_of_the_noise_at_time_0():
     loss = training.acceleration_loss(acceleration, velocity, x0, x1, t, given, CONFIG)
     first, second = seen
     assert torch.equal(first["hidden_states"], x0) and first["timestep"].tolist() == [1000] * 3
-    torch.testing.assert_close(second["timestep"], 1000 * (1 - t))
+    torch.testing.assert_close(second["timestep"], 1000 * (1 - t**2 - 1.5 * (t - t**2)))
     with torch.no_grad():
-        v0 = predict(velocity, x0, torch.zeros(3), given)
+        v0 = predict(velocity, x0, torch.zeros(3), given, 1.5)
         w = t.view(-1, 1, 1, 1)
         x = (1 - w**2) * x0 + w**2 * x1 + v0 * (w - w**2)
         torch.testing.assert_close(second["hidden_states"], torch.cat([x, v0], dim=1))
-        a = predict(acceleration, x, t, given, v0)
+        a = predict(acceleration, x, t, given, 1.5, v0)
     D, error = x0[0].numel(), (a - (2 * (x1 - x0) - 2 * v0)).flatten(1).square().sum(1)
     c = 0.00054 * D
     torch.testing.assert_close(loss, (((error + c**2).sqrt() - c) / D).mean())
@@ -82,7 +82,7 @@ def test_stage_v_wants_h_times_the_way_on_the_curved_path():
     w = t.view(-1, 1, 1, 1)
     x = x0 + (w**2 + 1.5 * (w - w**2)) * (x1 - x0)
     with torch.no_grad():
-        wanted = torch.nn.functional.mse_loss(predict(model, x, t, given), 1.5 * (x1 - x0))
+        wanted = torch.nn.functional.mse_loss(predict(model, x, t, given, 1.5), 1.5 * (x1 - x0))
     torch.testing.assert_close(loss, wanted)
 
 
@@ -214,7 +214,7 @@ def test_a_loss_that_is_not_finite_stops_before_it_is_saved(tmp_path):
     [
         (dict(velocity_steps=0), "velocity_steps is 0, wanted at least 1"),
         (dict(batch_size=0), "batch_size is 0"),
-        (dict(h=0.0), "h is 0.0, wanted a number above 0"),
+        (dict(h=0.0), "h is 0.0, wanted a number above 0 and at most 2"),
         (dict(h=float("nan")), "h is nan"),
         (dict(loss="lpips"), "loss is 'lpips', wanted one of 'huber', 'l2'"),
         (dict(precision="fp16"), "precision is 'fp16'"),

@@ -80,7 +80,7 @@ def test_times_and_velocities_are_those_of_diffusers():
     scheduler = FlowMatchEulerDiscreteScheduler()
     scheduler.set_timesteps(sigmas=[1.0, 0.75, 0.5, 0.25])
     t = torch.tensor([0.0, 0.25, 0.5, 0.75])
-    torch.testing.assert_close(flow.timestep(t), scheduler.timesteps)
+    torch.testing.assert_close(flow.timestep(t, h=1), scheduler.timesteps)
     x, rate = draw(2, 2, 4, 4, seed=1), draw(2, 2, 4, 4, seed=2)
     stepped = scheduler.step(flow.from_diffusers_velocity(rate), scheduler.timesteps[0], x).prev_sample
     torch.testing.assert_close(stepped, x + 0.25 * rate)
@@ -89,9 +89,19 @@ def test_times_and_velocities_are_those_of_diffusers():
 def test_the_straight_path_of_diffusers_is_that_of_constant_velocity():
     """Noise level sigma = 1 - t: (1 - sigma) data + sigma noise."""
     v0 = flow.initial_velocity(X0, X1, 1.0)
-    sigma = (flow.timestep(T) / 1000).view(-1, 1, 1, 1)
+    sigma = (flow.timestep(T, h=1) / 1000).view(-1, 1, 1, 1)
     torch.testing.assert_close(flow.interpolate(X0, X1, v0, T), (1 - sigma) * X1 + sigma * X0)
     torch.testing.assert_close(flow.from_diffusers_velocity(X0 - X1), v0)
+
+
+@pytest.mark.parametrize("h", [0.5, 1.0, 1.5, 2.0])
+def test_the_timestep_tells_how_much_noise_is_in_a_sample(h):
+    """As diffusers' flow matching has it: x = sigma noise + (1 - sigma) data at the timestep 1000 sigma."""
+    sigma = (flow.timestep(T, h) / 1000).view(-1, 1, 1, 1)
+    x = flow.interpolate(X0, X1, flow.initial_velocity(X0, X1, h), T)
+    torch.testing.assert_close(x, sigma * X0 + (1 - sigma) * X1, rtol=0, atol=1e-12)
+    t = torch.linspace(0, 1, 101, dtype=torch.float64)
+    assert (flow.noise_level(t, h).diff() < 0).all()
 
 
 def test_straightness_is_0_along_the_chord_and_4_against_it():

@@ -59,7 +59,8 @@ class VelocityFlow(Flow):
         asked = torch.cat([torch.full_like(labels, self.null_prompt), labels]) if guided else labels
         tokens, pooled = self.prompts(asked)
         batch, time = x.repeat(2 if guided else 1, 1, 1, 1), torch.full((len(asked),), t)
-        velocity = predict(self.transformer, batch, time, dict(encoder_hidden_states=tokens, pooled_projections=pooled))
+        conditions = dict(encoder_hidden_states=tokens, pooled_projections=pooled)
+        velocity = predict(self.transformer, batch, time, conditions, h=1)
         if guided:
             unprompted, prompted = velocity.chunk(2)
             velocity = unprompted + self.guidance * (prompted - unprompted)
@@ -108,11 +109,12 @@ class AccelerationFlow(Flow):
         pipe, x = self.pipe, noise
         tokens, pooled = self.prompts(labels)
         conditions = dict(encoder_hidden_states=tokens, pooled_projections=pooled)
-        v0 = predict(pipe.velocity, x, torch.zeros(len(x)), conditions)
+        h = pipe.scheduler.config.h
+        v0 = predict(pipe.velocity, x, torch.zeros(len(x)), conditions, h)
         pipe.scheduler.set_timesteps(steps)
         for timestep in pipe.scheduler.timesteps:
             t = pipe.scheduler.time(timestep)
-            a = predict(pipe.acceleration, x, torch.full((len(x),), t), conditions, v0)
+            a = predict(pipe.acceleration, x, torch.full((len(x),), t), conditions, h, v0)
             yield x, v0 + a * t
             x = pipe.scheduler.step(a, timestep, x, v0).prev_sample
         yield x, v0 + a

@@ -1,7 +1,8 @@
 """The path of CAF (arXiv 2411.00322), its two targets, and its loss, as functions of tensors.
 
-Time is the paper's: t = 0 is noise x0, t = 1 is data x1. Diffusers' flow matching counts the other way: the noise level
-is sigma = 1 - t, the timestep 1000 sigma, and a model's velocity is dx/dsigma = noise - data = -dx/dt.
+Time is the paper's: t = 0 is noise x0, t = 1 is data x1. Diffusers' flow matching counts noise: a sample is
+sigma noise + (1 - sigma) data, its timestep 1000 sigma, and a model's velocity dx/dsigma = noise - data. On a path of
+constant velocity sigma = 1 - t, and that velocity is -dx/dt; on one with acceleration see :func:`noise_level`.
 
 Samples x are floating [B, ...], times t floating [B]; all results have the dtype that torch's promotion gives.
 """
@@ -13,13 +14,29 @@ TIMESTEPS = 1000  # a transformer's timestep at t = 0
 HUBER = 0.00054  # c of the Huber loss, as a share of the number of values in a sample
 
 
-def timestep(t: Tensor) -> Tensor:
-    """What a diffusers transformer is told of times t [B]: 1000 (1 - t)."""
-    return TIMESTEPS * (1 - t)
+def noise_level(t: Tensor, h: float) -> Tensor:
+    """The share sigma of noise in x_t = sigma x0 + (1 - sigma) x1 on the path with v0 = h (x1 - x0).
+
+    Eq. 7 with eq. 8 put in gives sigma = 1 - t^2 - h (t - t^2), which is 1 - t for h = 1 alone.
+
+    Args:
+        t: times of any shape.
+        h: above 0 and at most 2; it falls all the way from 1 to 0 then.
+    """
+    return 1 - t.square() - h * (t - t.square())
+
+
+def timestep(t: Tensor, h: float) -> Tensor:
+    """What a diffusers transformer is told of times t: 1000 times the noise level there.
+
+    The paper tells its networks t. A transformer that was trained by flow matching has learned what timestep goes with
+    how much noise; told 1000 (1 - t), it would be wrong about every sample between the ends if h is not 1.
+    """
+    return TIMESTEPS * noise_level(t, h)
 
 
 def from_diffusers_velocity(velocity: Tensor) -> Tensor:
-    """dx/dt of a flow-matching model's output dx/dsigma, and the other way round: the two differ in sign."""
+    """dx/dt of a constant-velocity model's output dx/dsigma, and the other way round: the two differ in sign."""
     return -velocity
 
 

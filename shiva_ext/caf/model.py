@@ -82,9 +82,9 @@ def initial_velocity_model(teacher: nn.Module, h: float) -> nn.Module:
     """A velocity network that begins as a flow-matching teacher would have it.
 
     The teacher's output estimates noise - data = -(x1 - x0), the network's target is v0 = h (x1 - x0): a copy of the
-    teacher whose last layer is multiplied by -h starts with that estimate of v0, and what is left to learn is that the
-    paths are the pairs' and no random ones, and have another shape. A teacher that predicts noise has no such meaning
-    in its output; its copy is a start like another.
+    teacher whose last layer is multiplied by -h starts with that estimate of v0, at every time, as it is told the noise
+    level of the path. What is left to learn is which data belong to which noise. A teacher that predicts noise has no
+    such meaning in its output; its copy is a start like another.
 
     Args:
         teacher: a transformer of :data:`OUTPUT_LAYERS`; it stays as it is.
@@ -113,14 +113,17 @@ def initial_acceleration_model(velocity: nn.Module, h: float) -> nn.Module:
     return scale_output(widen_input(velocity).float(), 2 * (1 - h) / h).eval().requires_grad_(True)
 
 
-def predict(model: nn.Module, x: Tensor, t: Tensor, conditions: dict[str, Tensor], v0: Tensor | None = None) -> Tensor:
+def predict(
+    model: nn.Module, x: Tensor, t: Tensor, conditions: dict[str, Tensor], h: float, v0: Tensor | None = None
+) -> Tensor:
     """Call the velocity network, or with ``v0`` the acceleration network.
 
     Args:
         model: a network of C, or with ``v0`` 2 C, input channels.
         x: samples, floating [B, C, H, W].
-        t: times in the paper's sense, [B]; the transformer is told 1000 (1 - t).
+        t: times in the paper's sense, [B]; the transformer is told 1000 times the noise level that the path has there.
         conditions: the transformer's further arguments, such as ``encoder_hidden_states``, [B, ...] each.
+        h: of the path, see :func:`~shiva_ext.caf.flow.initial_velocity`.
         v0: initial velocity, [B, C, H, W].
 
     Returns:
@@ -140,5 +143,5 @@ def predict(model: nn.Module, x: Tensor, t: Tensor, conditions: dict[str, Tensor
     recipe, dtype = recipe_for(model), model.pos_embed.proj.weight.dtype
     noisy = (x if v0 is None else torch.cat([x, v0], dim=1)).to(dtype)
     conditions = {k: c.to(dtype) if c.is_floating_point() else c for k, c in conditions.items()}
-    output = model(**recipe.inputs(model, noisy, timestep(t.to(x.device)), conditions), return_dict=False)[0]
+    output = model(**recipe.inputs(model, noisy, timestep(t.to(x.device), h), conditions), return_dict=False)[0]
     return recipe.prediction(output, x).to(torch.promote_types(x.dtype, torch.float32))

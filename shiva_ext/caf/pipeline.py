@@ -216,10 +216,11 @@ class CAFPipeline(DiffusionPipeline):
         return x
 
     def _initial_velocity(self, x: Tensor, t: float, conditions: dict) -> Tensor:
-        return predict(self.velocity, x, x.new_full((len(x),), t), conditions)
+        return predict(self.velocity, x, x.new_full((len(x),), t), conditions, self.scheduler.config.h)
 
     def _acceleration(self, x: Tensor, timestep: Tensor, conditions: dict, v0: Tensor) -> Tensor:
-        return predict(self.acceleration, x, x.new_full((len(x),), self.scheduler.time(timestep)), conditions, v0)
+        t = x.new_full((len(x),), self.scheduler.time(timestep))
+        return predict(self.acceleration, x, t, conditions, self.scheduler.config.h, v0)
 
     def _conditions(self, *given: Tensor | None) -> tuple[dict[str, Tensor], int]:
         """The transformer's arguments, of a method's in the order of ``_ARGUMENTS``, and the batch size."""

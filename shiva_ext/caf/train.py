@@ -16,7 +16,7 @@ from .flow import LOSSES, acceleration_target, initial_velocity, interpolate
 from .model import initial_acceleration_model, initial_velocity_model, predict, scale_output
 from .pairs import Pairs
 from .pipeline import CAFPipeline
-from .scheduler import CAFScheduler
+from .scheduler import CAFScheduler, check_h
 
 # Labels int64 [B] to the transformer's arguments, [B, ...] each.
 Condition = Callable[[Tensor], dict[str, Tensor]]
@@ -29,7 +29,7 @@ class CAFConfig:
     Attributes:
         velocity_steps, acceleration_steps: optimiser steps of the stages. The control takes as many as both together.
         batch_size: pairs a step.
-        h: the initial velocity's share of the straight one, see :func:`~shiva_ext.caf.flow.initial_velocity`.
+        h: initial velocity as a multiple of the straight one, see :func:`~shiva_ext.caf.flow.initial_velocity`.
         loss: "huber" or "l2".
         lr: peak learning rate of AdamW (betas .9, .99).
         weight_decay: of AdamW; the published code's.
@@ -58,8 +58,7 @@ class CAFConfig:
         for name in ("velocity_steps", "acceleration_steps", "batch_size", "checkpoint_every"):
             if getattr(self, name) < 1:
                 raise ValueError(f"CAFConfig: {name} is {getattr(self, name)}, wanted at least 1")
-        if not self.h > 0:
-            raise ValueError(f"CAFConfig: h is {self.h}, wanted a number above 0; the paper's are 0.5 to 2")
+        check_h("CAFConfig", self.h)
         for name, choices in (("loss", tuple(LOSSES)), ("precision", ("bf16", "fp32"))):
             if getattr(self, name) not in choices:
                 raise ValueError(
@@ -73,7 +72,7 @@ def velocity_loss(
     """Stage V: the distance of the network's velocity on the path to v0 = h (x1 - x0), at times t [B]. Algorithm 1."""
     v0 = initial_velocity(x0, x1, config.h)
     with _precision(config, x0):
-        found = predict(model, interpolate(x0, x1, v0, t), t, conditions)
+        found = predict(model, interpolate(x0, x1, v0, t), t, conditions, config.h)
     return LOSSES[config.loss](found, v0)
 
 
@@ -92,8 +91,8 @@ def acceleration_loss(
     """
     with _precision(config, x0):
         with torch.no_grad():
-            v0 = predict(velocity, x0, torch.zeros_like(t), conditions)
-        found = predict(model, interpolate(x0, x1, v0, t), t, conditions, v0)
+            v0 = predict(velocity, x0, torch.zeros_like(t), conditions, config.h)
+        found = predict(model, interpolate(x0, x1, v0, t), t, conditions, config.h, v0)
     return LOSSES[config.loss](found, acceleration_target(x0, x1, v0))
 
 
@@ -139,7 +138,7 @@ def train_caf(
         "acceleration",
         config,
     )
-    pipeline = CAFPipeline(velocity, second.model, CAFScheduler())
+    pipeline = CAFPipeline(velocity, second.model, CAFScheduler(config.h))
     _save(pipeline.to("cpu"), out / "pipeline")
     _write_record(out, pairs, config, teacher, velocity=first, acceleration=second)
     return out / "pipeline"
