@@ -102,7 +102,7 @@ def make_pipeline(velocity=None, acceleration=None, vae=None, h: float = 1.5) ->
 
 
 def make_oracles(x0: Tensor, x1: Tensor, h: float) -> CAFPipeline:
-    """A pipeline whose networks know v0 = h (x1 - x0) and a = 2 (x1 - x0) - 2 v0."""
+    """A pipeline whose networks know v0 = h (x1 - x0) and a + 2 v0 = 2 (x1 - x0)."""
     v0 = h * (x1 - x0)
     velocity = make_sd3(Oracle).tell(v0)
-    return make_pipeline(velocity, widen_input(velocity).tell(2 * (x1 - x0) - 2 * v0), h=h)
+    return make_pipeline(velocity, widen_input(velocity).tell(2 * (x1 - x0)), h=h)

@@ -23,7 +23,7 @@ def test_a_widened_model_is_the_narrow_one_bit_for_bit(family, dtype):
     with torch.no_grad():
         wanted = predict(model, x, t, conditions(family, 2), 1.5)
         for v0 in (torch.zeros_like(x), 100 * draw(*x.shape, seed=3)):
-            assert torch.equal(predict(wide, x, t, conditions(family, 2), 1.5, v0), wanted)
+            assert torch.equal(predict(wide, x, t, conditions(family, 2), 1.5, v0), wanted - 2 * v0)
 
 
 @pytest.mark.parametrize("family", FAMILIES)
@@ -85,6 +85,16 @@ def test_the_velocity_starts_as_the_teacher_has_it_everywhere_on_the_path(h):
         wanted = teacher(x, timestep=1000 * sigma, **conditions("sd3", 2), return_dict=False)[0]
         got = predict(initial_velocity_model(teacher, h), x, t, conditions("sd3", 2), h)
     torch.testing.assert_close(got, -h * wanted, rtol=1e-5, atol=1e-5)
+
+
+def test_the_acceleration_starts_with_the_velocitys_estimate_of_the_way():
+    """a = 2 (x1 - x0) - 2 v0 with x1 - x0 as the velocity network has it at that time."""
+    velocity, (x, t) = initial_velocity_model(FAMILIES["sd3"](), 1.5), inputs()
+    v0 = draw(*x.shape, seed=3)
+    with torch.no_grad():
+        way = predict(velocity, x, t, conditions("sd3", 2), 1.5) / 1.5
+        a = predict(initial_acceleration_model(velocity, 1.5), x, t, conditions("sd3", 2), 1.5, v0)
+    torch.testing.assert_close(a, 2 * way - 2 * v0, rtol=1e-5, atol=1e-5)
 
 
 def test_a_model_of_another_family_is_refused_by_name():

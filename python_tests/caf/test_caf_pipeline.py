@@ -58,18 +58,17 @@ def test_the_steps_are_those_of_algorithm_2():
     v0 = call(pipe.velocity, X0, 0.0)
     x = X0
     for i in range(3):
-        a = call(pipe.acceleration, torch.cat([x, v0], dim=1), i / 3)
+        a = call(pipe.acceleration, torch.cat([x, v0], dim=1), i / 3) - 2 * v0
         x = x + v0 / 3 + (2 * i + 1) / 6 * a / 3
     torch.testing.assert_close(latents(pipe, latents=X0, num_inference_steps=3), x, rtol=1e-4, atol=1e-4)
 
 
-def test_an_inverted_picture_is_reconstructed_with_the_velocity_of_its_inversion():
-    """With an acceleration that does not depend on x the way back is the way, whatever the networks have learned."""
+def test_the_acceleration_makes_good_what_the_velocity_has_wrong():
     pipe = make_oracles(X0, X1, 1.5)
     pipe.velocity.answer = draw(*SHAPE, seed=7)
     for N in (1, 4):
         found = pipe.invert(X1, **prompts(2), num_inference_steps=N)
-        assert (found.latents - X0).abs().max() > 0.1
+        torch.testing.assert_close(found.latents, X0, rtol=0, atol=1e-5)
         again = latents(pipe, latents=found.latents, initial_velocity=found.initial_velocity, num_inference_steps=N)
         torch.testing.assert_close(again, X1, rtol=0, atol=1e-5)
 

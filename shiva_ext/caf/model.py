@@ -4,6 +4,10 @@ The velocity network is such a transformer as it is; its output is the initial v
 also told v0: its patch embedding takes twice the channels, those of x_t and then those of v0. The paper (CAF, arXiv
 2411.00322) calls this initial-velocity conditioning and does it to a U-Net; that the patch embedding is the place for
 it in a transformer is inferred.
+
+What the acceleration network puts out is a + 2 v0, and :func:`predict` takes 2 v0 off again: the target is then
+2 (x1 - x0), which a flow-matching model has learned to estimate, while the loss, a difference of two a, is the paper's.
+Inferred, too: the paper's network has 500,000 steps to learn how to pass v0 on.
 """
 
 import copy
@@ -99,9 +103,9 @@ def initial_velocity_model(teacher: nn.Module, h: float) -> nn.Module:
 def initial_acceleration_model(velocity: nn.Module, h: float) -> nn.Module:
     """An acceleration network that begins as the velocity network would have it.
 
-    The paper starts it from the velocity network. For an exact v0 = h (x1 - x0) the acceleration is 2 (1 - h) / h v0,
-    so the last layer is multiplied by this factor, which is inferred: one step from noise then gives x0 + v0 / h, what
-    the velocity network alone gives, and the training of the acceleration begins there. With h = 1 the factor is 0.
+    The paper starts it from the velocity network. That estimates h (x1 - x0) at any time, and the target of what this
+    one puts out is 2 (x1 - x0), so the last layer is multiplied by 2 / h, which is inferred. One step from noise then
+    gives x0 + v0 / h, what the velocity network alone gives, and more steps take its later, better estimates, too.
 
     Args:
         velocity: the velocity network with C channels; it stays as it is.
@@ -110,13 +114,13 @@ def initial_acceleration_model(velocity: nn.Module, h: float) -> nn.Module:
     Returns:
         a network with 2 C channels in float32 and eval mode, with gradients.
     """
-    return scale_output(widen_input(velocity).float(), 2 * (1 - h) / h).eval().requires_grad_(True)
+    return scale_output(widen_input(velocity).float(), 2 / h).eval().requires_grad_(True)
 
 
 def predict(
     model: nn.Module, x: Tensor, t: Tensor, conditions: dict[str, Tensor], h: float, v0: Tensor | None = None
 ) -> Tensor:
-    """Call the velocity network, or with ``v0`` the acceleration network.
+    """The velocity network's v0, or with ``v0`` the acceleration network's a, which is its output less 2 v0.
 
     Args:
         model: a network of C, or with ``v0`` 2 C, input channels.
@@ -144,4 +148,5 @@ def predict(
     noisy = (x if v0 is None else torch.cat([x, v0], dim=1)).to(dtype)
     conditions = {k: c.to(dtype) if c.is_floating_point() else c for k, c in conditions.items()}
     output = model(**recipe.inputs(model, noisy, timestep(t.to(x.device), h), conditions), return_dict=False)[0]
-    return recipe.prediction(output, x).to(torch.promote_types(x.dtype, torch.float32))
+    found = recipe.prediction(output, x).to(torch.promote_types(x.dtype, torch.float32))
+    return found if v0 is None else found - 2 * v0
