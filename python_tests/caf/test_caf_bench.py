@@ -73,7 +73,7 @@ def test_the_bench_writes_its_results_and_goes_on_from_its_cache(trained, model_
     assert set(content["straightness"]) == {"CAF", "rectified flow", "dense"}
     assert [(e["method"], e["evaluations"]) for e in content["inversion"]] == [("CAF", 3), ("rectified flow", 2)]
     assert "so it has no row at 1" in capsys.readouterr().out
-    monkeypatch.setattr(bench.Study, "_sampler", lambda *_: pytest.fail("sampled again"))
+    monkeypatch.setattr(bench.Study, "flow", lambda *_: pytest.fail("sampled again"))
     assert bench.run(12, rows=rows, **place) == content
 
 

@@ -10,6 +10,7 @@ import hashlib
 import json
 import os
 import statistics
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -105,11 +106,20 @@ class Study:
 
     def file(self, row: Row) -> Path:
         """Of a row's metrics; the pictures have the same name and another ending."""
-        settings = dict(version=VERSION, method=row.method, steps=row.steps, samples=self.samples, seed=self.seed)
-        settings |= dict(model=self.identity[row.method], dense=self.identity[DENSE], dtype=str(self.dtype))
-        settings |= dict(guidance=self.bed.guidance, batch_size=self.bed.batch_size)
-        settings |= dict(judge=fingerprint(self.bed.judge_dir))
+        models = [self.identity[row.method], self.identity[DENSE]]
+        return self._file(method=row.method, steps=row.steps, models=models, dtype=str(self.dtype))
+
+    def _file(self, **settings) -> Path:
+        settings |= dict(version=VERSION, samples=self.samples, seed=self.seed, guidance=self.bed.guidance)
+        settings |= dict(batch_size=self.bed.batch_size, judge=fingerprint(self.bed.judge_dir))
         return self.cache_dir / f"{hashlib.sha256(json.dumps(settings).encode()).hexdigest()[:20]}.json"
+
+    def once(self, name: str, compute: Callable[[], dict | list], **settings) -> dict | list:
+        """What ``compute()`` gives of all methods, from the cache if it is there."""
+        file = self._file(name=name, models=self.identity, **settings)
+        if not file.is_file():
+            write_text(file, json.dumps(compute()))
+        return json.loads(file.read_text())
 
     def images(self, row: Row) -> Tensor:
         """The row's pictures, float32 [samples, 1, 32, 32], from the cache if they are there.
@@ -229,8 +239,8 @@ def run(
         training={name: _training(folder) for name, folder in ((CAF, study.caf), (CONTROL, study.control))},
         rows=measured,
         differences=differences(measured),
-        straightness=study.straightness(),
-        inversion=study.inversion(),
+        straightness=study.once("straightness", study.straightness, steps=STRAIGHTNESS_STEPS),
+        inversion=study.once("inversion", study.inversion, steps=INVERSION_STEPS),
     )
     file = Path(out) / "caf.json"
     write_content(file, content)

@@ -44,7 +44,7 @@ class CAFPipeline(DiffusionPipeline):
 
     Args:
         velocity: estimates v0 from x at any time, C channels; see :func:`~shiva_ext.caf.model.initial_velocity_model`.
-        acceleration: estimates a from x, t and v0, 2 C channels;
+        acceleration: estimates a + 2 v0 from x, t and v0, 2 C channels;
             see :func:`~shiva_ext.caf.model.initial_acceleration_model`.
         scheduler: a :class:`CAFScheduler`.
         vae: decodes latents; without one the networks work on pixels in [-1, 1].
