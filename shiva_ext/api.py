@@ -35,7 +35,8 @@ class Handle:
         num_hooked: hooked blocks.
         records: while :meth:`record` is on, one entry per call of the transformer:
             ``{"timestep": float, "kept": {layer: [B,k] int64}}``; for a method that merges, the tokens that stay
-            independent, and ``"sites": {layer: names}`` where it did.
+            independent, and ``"sites": {layer: names}`` where it did. Beside :class:`~shiva_ext.caches.TeaCache` a call
+            that ran for some samples alone has their numbers as ``"rows"`` [b], and [b,k] tokens.
     """
 
     def __init__(self, transformer: nn.Module, state: hooks.SelectionState):
@@ -72,8 +73,12 @@ class Handle:
                 program = torch.export.export(transformer, (), inputs, strict=True)
 
         Raises:
-            RuntimeError: no noise level was announced.
+            RuntimeError: no noise level was announced, or a cache is enabled.
         """
+        if get_cache(self.transformer) is not None:
+            raise RuntimeError(
+                "shiva_ext: an export is of one step, and the model's cache takes from earlier ones; disable it first"
+            )
         if not self.state.quota:
             raise RuntimeError("shiva_ext: an export is of one noise level's token counts; call handle.at(sigma) first")
         if getattr(self.state.selector, "weights", None) is not None:

@@ -111,14 +111,16 @@ def enable_cache(pipe_or_transformer, transformer: nn.Module, cache: Cache, batc
         before._detach()
     try:
         handle._attach()
+        if not bare:
+            known = batched_guidance if cache.wants_guidance else bool(batched_guidance)
+            state.watch = SchedulerWatch(pipe_or_transformer, state, known)
     except BaseException:
+        handle._detach()
         if before is not None:
             before._attach()
         raise
     if before is not None:
         before._retire()
-    if not bare:
-        state.watch = SchedulerWatch(pipe_or_transformer, state, batched_guidance)
     setattr(transformer, _CACHE, handle)
     return handle
 

@@ -4,7 +4,7 @@ from collections.abc import Callable
 from dataclasses import fields
 
 import torch
-from accelerate.hooks import CpuOffload
+from accelerate.hooks import AlignDevicesHook, CpuOffload
 from diffusers.hooks import HookRegistry, ModelHook
 from diffusers.hooks.group_offloading import GroupOffloadingHook
 from torch import Tensor, nn
@@ -33,8 +33,7 @@ class TransformerHook(ModelHook):
         compiling = torch.compiler.is_compiling()
         if state.watch is not None and not compiling:
             state.watch.refresh()
-        for offload in self._below(module):  # they would bring the weights after the conditioning
-            args, kwargs = offload.pre_forward(module, *args, **kwargs)
+        args, kwargs = with_weights(module, args, kwargs)
         arguments = state.adapter.bind(forward, args, kwargs)
         state.conditioning = state.adapter.conditioning(module, arguments)
         state.guided = state.adapter.batched_guidance(arguments, state.batched_guidance)
@@ -76,12 +75,6 @@ class TransformerHook(ModelHook):
             # Models that learn a variance, too, give it in further channels.
             state.method.finish(output[0][:, : x.shape[1]], state.guided, state.grid, state.memory)
         return output
-
-    @staticmethod
-    def _below(module: nn.Module) -> list:
-        """Hooks on the transformer that bring its weights, and whose turn comes after ours."""
-        found = [getattr(module, "_hf_hook", None), *module._diffusers_hook.hooks.values()]
-        return [hook for hook in found if isinstance(hook, (CpuOffload, GroupOffloadingHook))]
 
     def _run(self, module: nn.Module, *args, **kwargs):
         """Eager code can look at the call itself: its timesteps count, whatever was announced for another call."""
@@ -246,6 +239,14 @@ class SiteHook(ModelHook):
                 "call the model without it"
             )
         return replacement(module, forward, x, text)
+
+
+def with_weights(module: nn.Module, args: tuple, kwargs: dict) -> tuple[tuple, dict]:
+    """Bring an offloaded module's weights before their hooks' turn, which may come after ours; a call's arguments."""
+    for hook in (getattr(module, "_hf_hook", None), *module._diffusers_hook.hooks.values()):
+        if isinstance(hook, (AlignDevicesHook, CpuOffload, GroupOffloadingHook)):
+            args, kwargs = hook.pre_forward(module, *args, **kwargs)
+    return args, kwargs
 
 
 def install(module: nn.Module, hook: ModelHook, name: str = HOOK_NAME) -> None:

@@ -18,13 +18,13 @@ class _Announcing:
     """A scheduler's method that announces the coming step once it is done."""
 
     def __init__(self, watch: "SchedulerWatch", name: str):
-        self.watch, self.reread = watch, name == "set_timesteps"
+        self.watch, self.name = watch, name
         self.original = getattr(watch.scheduler, name)
         functools.update_wrapper(self, self.original, updated=())  # pipelines read the signature
 
     def __call__(self, *args, **kwargs):
         result = self.original(*args, **kwargs)
-        self.watch.announce(self.reread)
+        self.watch.announce(self.name == "set_timesteps", self.name == "step")
         return result
 
     def __deepcopy__(self, memo):
@@ -74,9 +74,9 @@ class SchedulerWatch:
         untold = batched_guidance is None and not hasattr(type(pipeline), "do_classifier_free_guidance")
         if untold and state.adapter.guides_in_batch and state.adapter.batched_guidance({}, True):
             warnings.warn(
-                f"shiva_ext: {type(pipeline).__name__} does not tell whether it guides, so the two halves of a guided "
-                "batch keep different tokens; pass enable(..., batched_guidance=True) where guidance_scale is above 1, "
-                "False to silence this",
+                f"shiva_ext: {type(pipeline).__name__} does not tell whether it guides, so each half of a guided batch "
+                "decides for itself; pass enable(..., batched_guidance=True) where guidance_scale is above 1, False to "
+                "silence this",
                 stacklevel=3,
             )
         self._attach()
@@ -103,16 +103,24 @@ class SchedulerWatch:
             self.announce(reread=True)
         self._read_guidance()
 
-    def announce(self, reread: bool) -> None:
-        """Give the state the level of the scheduler's next step; ``reread`` after its steps have changed."""
+    def announce(self, reread: bool, stepped: bool = False) -> None:
+        """Give the state the level of the scheduler's next step.
+
+        Args:
+            reread: its steps have changed.
+            stepped: it has made one.
+        """
         scheduler = self.scheduler
         if reread:
+            self.index = 0
             self.levels = [min(max(t / 1000, 0.0), 1.0) for t in scheduler.timesteps.tolist()]
             self.version = _version(scheduler.timesteps)
             self.state.new_run()
-        index = getattr(scheduler, "step_index", None)
-        if index is None:
-            index = getattr(scheduler, "begin_index", None) or 0
+        if hasattr(scheduler, "step_index"):
+            index = scheduler.step_index
+            index = (getattr(scheduler, "begin_index", None) or 0) if index is None else index
+        else:  # DDIM and its like do not tell; they make one step after the other
+            index = self.index + stepped
         self.entry = None
         self.index = index
         if index < len(self.levels):

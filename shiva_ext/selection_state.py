@@ -53,7 +53,8 @@ class SelectionState:
         kept: while a block runs on some of its tokens: which they are [B,k], and of how many.
         chosen: for groups of layers that select together, the first of them and its indices [B,k].
         records: per call while recording, ``{"timestep", "kept": {layer: [B,k]}, "sites": {layer: names}}``; a method
-            that merges names its sites.
+            that merges names its sites. Beside TeaCache also ``"rows"``, the samples [b] whose tokens they are, where
+            it ran some alone, and nothing is kept where it ran none.
     """
 
     def __init__(
@@ -176,6 +177,8 @@ class SelectionState:
     @contextmanager
     def rows(self, rows: Tensor):
         """Blocks run on these samples of the batch, int64 [b], alone."""
+        if self.entry is not None:
+            self.entry["rows"] = rows.cpu()
         whole = self.conditioning
         self.conditioning = None if whole is None else Conditioning(*(each.index_select(0, rows) for each in whole))
         try:

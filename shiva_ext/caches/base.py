@@ -19,9 +19,11 @@ class Cache(ABC):
     Attributes:
         steps: of a run; by default what the pipeline's scheduler says. A transformer without one wants it.
         static: whether all samples of a batch compute the same things at the same steps, whatever they hold.
+        wants_guidance: whether it matters that a batch is (unconditional, conditional).
     """
 
     static = False
+    wants_guidance = True
     steps: int | None
 
     @property
@@ -91,6 +93,7 @@ class CachedTransformerHook(ModelHook):
             output = self.run(module, forward, args, kwargs)
         except BaseException:
             state.new_run()  # what was stored may be half of a step
+            state.broken = True
             raise
         if not torch.compiler.is_compiling():
             state.peak_bytes = max(state.peak_bytes, state.bytes)

@@ -1,5 +1,6 @@
 """What a cache has to know of a model, from runs without it."""
 
+import math
 import statistics
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
@@ -27,6 +28,13 @@ class TooFewRuns(ValueError):
     """Nothing can be fitted to what was recorded."""
 
 
+def _same_length(before: int | None, steps: int) -> int:
+    """The steps of all runs."""
+    if before not in (None, steps):
+        raise ValueError(f"shiva calibrate: got runs of {before} and of {steps} steps, wanted all alike")
+    return steps
+
+
 # ---------------------------------------------------------------------------------------------------------- TeaCache
 
 
@@ -50,7 +58,7 @@ class _StackRecorder(Cache):
 
     def begin_step(self, step: int, steps: int) -> tuple:
         self.place[0] += step == 0
-        self.place[1] = steps
+        self.place[1] = _same_length(self.place[1], steps)
         return ()
 
     def memory_bound(self, layers: int, B: int, N: int, T: int, D: int) -> int:
@@ -101,10 +109,11 @@ def fit_polynomial(
     """
     found = np.array([pair for pair in pairs if np.isfinite(pair).all()], dtype=np.float64).reshape(-1, 2)
     x, y = found.T
-    if len(found) <= degree or np.ptp(x) == 0:
+    different = len(np.unique(x))
+    if different <= max(degree, 1):
         raise TooFewRuns(
-            f"shiva calibrate teacache: got {len(found)} changes between steps, wanted more than {degree} different "
-            "ones; make more runs or steps"
+            f"shiva calibrate teacache: got {len(found)} changes between steps, {different} of them different, wanted "
+            f"more than {max(degree, 1)}; make more runs or steps, or ask for a lower degree"
         )
     bounds = float(x.min()), float(x.max())
     grid = np.linspace(*bounds, _GRID)
@@ -175,7 +184,9 @@ def calibrate_teacache(
     pairs = [pair for changes in recorder.changes.values() for pair in changes]
     coefficients, bounds, r2 = fit_polynomial(pairs, degree)
     sequences = [[x for x, _ in changes] for changes in recorder.changes.values()]
-    most = max(sum(y for _, y in changes) for changes in recorder.changes.values()) * 2 + 1
+    probe = TeaCache(0.0, coefficients, bounds)
+    expected = [[probe.expected(coefficients, x) for x in sequence if math.isfinite(x)] for sequence in sequences]
+    most = max(map(sum, expected)) + 1
 
     def share_of(threshold: float) -> float:
         return reused_share(TeaCache(threshold, coefficients, bounds), coefficients, sequences, steps)
@@ -211,7 +222,7 @@ class _SiteRecorder(Scheduled):
     place: list = field(default_factory=lambda: [None])
 
     def begin_step(self, step: int, steps: int) -> tuple:
-        self.place[0] = steps
+        self.place[0] = _same_length(self.place[0], steps)
         return ()
 
     def attach(self, transformer: nn.Module, state: CacheState) -> list[tuple[nn.Module, ModelHook]]:
@@ -230,16 +241,19 @@ class _RecordingSite(SiteHook):
         # Prompts change little from step to step; what counts is the image.
         if state.bypass or self.parts[0] == "text":
             return output
+        x = kwargs["hidden_states"] if "hidden_states" in kwargs else args[0]
         now = (output[0] if isinstance(output, tuple) else output).detach()
-        place = f"{state.key}, {self.calls}"
-        self.calls += 1
-        past = getattr(self.kept, place, ())
-        size = now.float().abs().flatten(1).sum(1)
+        kept, total = self._chosen(len(x))
+        places = self._places(len(x))
+        past = self._stored(places) or ()
+        size = now.float().abs().flatten(1).sum(1).clamp(min=torch.finfo(torch.float32).tiny)
         for lag, before in enumerate(past, start=1):
+            before = self._restored((before,), x, kept, total)
             error = (before.float() - now.float()).abs().flatten(1).sum(1) / size
             of = self.kind, lag, state.step - lag
             self.recorder.errors.setdefault(of, []).append(error.mean().item())
-        setattr(self.kept, place, (now, *past)[: self.recorder.max_lag])
+        whole = self._whole((now,), past[:1] or (None,), kept, total)
+        self._store(places, (*whole, *past)[: self.recorder.max_lag])
         return output
 
 
@@ -278,11 +292,15 @@ def calibrate_smoothcache(
     steps = recorder.place[0]
     if steps is None or steps < 2:
         raise TooFewRuns(f"shiva calibrate smoothcache: the runs had {steps} steps, wanted at least 2")
+    lags = range(1, min(max_lag, steps - 1) + 1)
+    kinds = dict.fromkeys(kind for kind, _, _ in recorder.errors)
+    if not all((kind, lag, i) in recorder.errors for kind in kinds for lag in lags for i in range(steps - lag)):
+        raise TooFewRuns(f"shiva calibrate smoothcache: no run had all of its {steps} steps, wanted whole runs")
     errors: dict[str, Rows] = {}
-    for kind in dict.fromkeys(kind for kind, _, _ in recorder.errors):
+    for kind in kinds:
         errors[kind] = {
             lag: tuple(round(statistics.fmean(recorder.errors[kind, lag, i]), 6) for i in range(steps - lag))
-            for lag in range(1, min(max_lag, steps - 1) + 1)
+            for lag in lags
         }
     if alpha is None:
         alpha = _alpha_for(errors, share, steps, between)
@@ -295,11 +313,11 @@ def _alpha_for(errors: dict[str, Rows], share: float, steps: int, between: bool)
         found = [make_schedule(rows, alpha, steps, between) for rows in errors.values()]
         return sum(map(sum, found)) / (steps * len(found))
 
-    tried = sorted({error for rows in errors.values() for row in rows.values() for error in row})
+    tried = sorted({e for rows in errors.values() for row in rows.values() for e in row if math.isfinite(e)})
     for alpha in tried:
         if computed(alpha) <= share:
             return alpha
-    least = min(map(computed, tried))
+    least = min(map(computed, tried), default=1.0)
     raise ValueError(
         f"shiva calibrate smoothcache: share is {share}, but with these lags and {steps} steps no fewer than "
         f"{least:.0%} can be computed; give more, or a larger max_lag"

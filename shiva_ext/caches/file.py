@@ -117,7 +117,9 @@ def cache_from_json(content: dict) -> TeaCacheFile | SmoothCacheFile:
     kind, version = content["cache"], content["format"]
     if version > FORMAT:
         raise ValueError(f"its format is {version}, this shiva_ext knows up to {FORMAT}; upgrade it")
-    return _KINDS[kind].from_json(content, Fit.from_json(content["fit"]))
+    found = _KINDS[kind].from_json(content, Fit.from_json(content["fit"]))
+    found.cache()  # what is in it can be used
+    return found
 
 
 def save_cache(found: TeaCacheFile | SmoothCacheFile, file: str | os.PathLike) -> None:
@@ -141,8 +143,8 @@ def read_cache(file: str | os.PathLike) -> TeaCacheFile | SmoothCacheFile:
         raise FileNotFoundError(f"shiva_ext: there is no {file}; `shiva calibrate` writes one")
     try:
         return cache_from_json(json.loads(file.read_text()))
-    except (KeyError, TypeError, ValueError) as error:
-        raise ValueError(f"shiva_ext: {file} is no calibration of a cache: {error}") from error
+    except (AttributeError, IndexError, KeyError, TypeError, ValueError) as error:
+        raise ValueError(f"shiva_ext: {file} is no calibration of a cache: {type(error).__name__}: {error}") from error
 
 
 def load_cache(file: str | os.PathLike) -> Cache:

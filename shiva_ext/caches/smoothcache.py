@@ -9,6 +9,7 @@ from diffusers.hooks import ModelHook
 from torch import Tensor, nn
 
 from .. import ops
+from ..models.per_sample import PerSampleAdapter
 from .base import Cache, CachedTransformerHook
 from .fit import Fit
 from .schedule import every
@@ -21,6 +22,7 @@ class Scheduled(Cache):
     """A cache whose steps are known before the run: the same for all images, and one graph a pattern to a compiler."""
 
     static = True
+    wants_guidance = False
 
     @abstractmethod
     def begin_step(self, step: int, steps: int) -> tuple[str, ...]:
@@ -170,13 +172,14 @@ class SiteHook(ModelHook):
     Args:
         state: of the cache.
         kind: of module.
-        parts: what the tensors that it gives hold: "image" tokens, "text" tokens, or "joint", text before image.
+        parts: what the tensors that it gives hold: "image" tokens, "text" tokens, or "joint", text before image; or
+            a "map" of image tokens, [B,C,H,W].
     """
 
     def __init__(self, state: CacheState, kind: str, parts: tuple[str, ...]):
         super().__init__()
         self.state, self.kind, self.parts = state, kind, parts
-        self.calls = 0  # in this call of the transformer: families whose pruned blocks run once a sample make several
+        self.calls = 0  # in this call of the transformer; samples, where pruned blocks run once for each
         self.kept = _Kept()
         state.stores.append(vars(self.kept))
 
@@ -184,63 +187,80 @@ class SiteHook(ModelHook):
         state, forward = self.state, self.fn_ref.original_forward
         if state.bypass:
             return forward(*args, **kwargs)
-        place = f"{state.key[0]}, {self.calls}"
-        kept, total = self._chosen()
-        self.calls += 1
+        x = kwargs["hidden_states"] if "hidden_states" in kwargs else args[0]
+        kept, total = self._chosen(len(x))
+        places = self._places(len(x))
         if self.kind in state.planned or ALL in state.planned:
-            key, parts = getattr(self.kept, place, (None, ()))
-            if key == state.key:
-                x = kwargs["hidden_states"] if "hidden_states" in kwargs else args[0]
-                return self._restored(parts, x, kept, total)
+            stored = self._stored(places)
+            if stored is not None:
+                return self._restored(stored, x, kept, total)
         output = forward(*args, **kwargs)
         parts = output if isinstance(output, tuple) else (output,)
-        key, old = (None, ()) if kept is None else getattr(self.kept, place, (None, ()))
-        old = old if key == state.key else (None,) * len(parts)
-        stored = tuple(
-            self._whole(what, part.detach(), before, kept, total)
-            for what, part, before in zip(self.parts, parts, old, strict=False)
-        )
-        setattr(self.kept, place, (state.key, stored))
+        old = None if kept is None else self._stored(places)
+        self._store(places, self._whole(parts, old or (None,) * len(parts), kept, total))
         return output
 
-    def _chosen(self) -> tuple[Tensor | None, int]:
-        """Which tokens [B,k] the block around runs on, and of how many; None is all."""
+    @property
+    def _each_sample(self) -> bool:
+        """Whether blocks may run once for each sample, and outputs are kept by sample."""
+        return self.state.selection is not None and isinstance(self.state.adapter, PerSampleAdapter)
+
+    def _chosen(self, rows: int) -> tuple[Tensor | None, int]:
+        """Which tokens [B,k] the coming call with so many rows runs on, and of how many; None is all."""
         selection = self.state.selection
         if selection is None or selection.kept is None:
             return None, 0
         kept, total = selection.kept
-        return kept, total
+        return (kept[self.calls : self.calls + rows] if self._each_sample else kept), total
 
-    def _own(self, kept: Tensor, rows: int) -> Tensor:
-        """The kept tokens of the sample that this call is for, where the block runs once for each."""
-        return kept if len(kept) == rows else kept[self.calls - 1 : self.calls]
+    def _places(self, rows: int) -> list[str]:
+        """Where the call's outputs are kept."""
+        count = rows if self._each_sample else 1
+        self.calls += count
+        return [f"{self.state.key[0]}, {i}" for i in range(self.calls - count, self.calls)]
 
-    def _whole(self, what: str, part: Tensor, old: Tensor | None, kept: Tensor | None, total: int) -> Tensor:
-        """A part as it is stored: of all tokens [B,N,D], those of before where it has none."""
-        if what == "text":
-            return part
-        part = part.flatten(1, -2)
-        if kept is None:
-            return part
-        index, size = self._index(what, part.shape[1] - kept.shape[1], self._own(kept, len(part)), total)
-        if old is None:
-            old = part.new_zeros(len(part), size, part.shape[2])
-        return ops.token_scatter(old, index, part)
+    def _stored(self, places: list[str]) -> tuple[Tensor, ...] | None:
+        found = [getattr(self.kept, place, (None, ())) for place in places]
+        if any(key != self.state.key for key, _ in found):
+            return None
+        if len(found) == 1:
+            return found[0][1]
+        return tuple(map(torch.cat, zip(*(parts for _, parts in found), strict=True)))
+
+    def _store(self, places: list[str], parts: tuple[Tensor, ...]) -> None:
+        samples = zip(*(part.chunk(len(places)) for part in parts), strict=True)
+        for place, own in zip(places, samples, strict=True):
+            setattr(self.kept, place, (self.state.key, own))
+
+    def _whole(self, parts: Sequence[Tensor], old: Sequence[Tensor | None], kept: Tensor | None, total: int) -> tuple:
+        """Parts as they are stored: of all tokens [B,N,D], those of before where a token has none."""
+        found = []
+        for what, part, before in zip(self.parts, parts, old, strict=False):
+            part = part.detach()
+            if what != "text":
+                part = part.flatten(2).transpose(1, 2) if what == "map" else part.flatten(1, -2)
+                if kept is not None:
+                    index, size = self._index(what, part.shape[1] - kept.shape[1], kept, total)
+                    before = part.new_zeros(len(part), size, part.shape[2]) if before is None else before
+                    part = ops.token_scatter(before, index, part.contiguous())
+            found.append(part)
+        return tuple(found)
 
     def _restored(self, stored: tuple[Tensor, ...], x: Tensor, kept: Tensor | None, total: int):
         parts = []
         for what, part in zip(self.parts, stored, strict=False):
             if what != "text" and kept is not None:
-                own = self._own(kept, len(part))
-                index, _ = self._index(what, part.shape[1] - total, own, total)
+                index, _ = self._index(what, part.shape[1] - total, kept, total)
                 part = ops.token_gather(part, index)
+            if what == "map":
+                part = part.transpose(1, 2).unflatten(2, x.shape[2:])
             parts.append(part.reshape(*x.shape[:-1], -1) if what == "image" else part)
         return parts[0] if len(parts) == 1 else tuple(parts)
 
     @staticmethod
     def _index(what: str, text: int, kept: Tensor, total: int) -> tuple[Tensor, int]:
         """Rows of a part's tokens among all of its kind, and how many there are."""
-        if what == "image":
+        if what != "joint":
             return kept, total
         front = torch.arange(text, device=kept.device).expand(len(kept), -1)
         return torch.cat([front, kept + text], dim=1), text + total

@@ -8,6 +8,8 @@ from torch import Tensor
 
 from ..models import ModelAdapter
 
+MOST_CALLS = 16  # of one step; more than any guidance makes
+
 
 class CacheState:
     """What the cache hooks of one transformer share.
@@ -21,13 +23,16 @@ class CacheState:
         level: of the step's noise, in whatever unit it is told in: it falls along a run.
         guided: whether this call's batch is (unconditional, conditional).
         peak_bytes: the most that was stored at the end of a call.
-        bypass: this call is no part of the run (skip-layer guidance leaves out layers): it is computed and not stored.
+        bypass: this call is no part of the run (skip-layer guidance leaves out layers, or the step was broken off): it
+            is computed and not stored.
+        broken: a call of this step has failed, so that it is not known whose calls come next.
         key: what tells the calls of a step apart: guidance's branch, and the latents' shape, dtype and device. Values
             are stored and found under it, so that nothing of one branch or size is used in another.
         computed, reused: calls of this run by what became of them; what they count is the cache's own.
         stores: dicts in which hooks keep tensors, by ``key``; emptied with every run.
         on_reset, kept_elsewhere, undo: of a cache whose hooks keep tensors elsewhere: called as a run ends, for their
             bytes, and to take the hooks off.
+        branches: of diffusers' hooks: what they keep for each branch of guidance.
         announced: whether a scheduler has told the step.
         context: diffusers' pipelines name their calls here ("cond", "uncond").
         planned: what :meth:`Cache.begin_step` said of the step.
@@ -42,7 +47,8 @@ class CacheState:
         self.on_reset: list[Callable[[], None]] = []
         self.kept_elsewhere: list[Callable[[], int]] = []
         self.undo: list[Callable[[], None]] = []
-        self.guided = self.bypass = False
+        self.branches = None
+        self.guided = self.bypass = self.broken = False
         self.peak_bytes = 0
         self.key: tuple = ()
         self.last: tuple[int, int] | None = None  # computed and reused of the run before
@@ -79,7 +85,7 @@ class CacheState:
         self.planned = self.cache.begin_step(step, steps)
         if self.step is not None and (step < self.step or steps != self.steps):
             self.new_run()
-        self.step, self.steps, self.level, self.calls = step, steps, level, 0
+        self.step, self.steps, self.level, self.calls, self.broken = step, steps, level, 0, False
 
     def begin(self, arguments: dict) -> None:
         """A call of the transformer with these named arguments begins."""
@@ -90,7 +96,15 @@ class CacheState:
             return
         if not self.announced:
             self._read_step(arguments["timestep"])
+        self.bypass = self.broken
+        if self.bypass:
+            return
         context = self.context._context
+        if context is None and self.calls == MOST_CALLS:
+            raise RuntimeError(
+                f"shiva_ext: {self.cache.name} got more than {MOST_CALLS} calls of one step, at noise level "
+                f"{self.level:g}, and keeps something for each; call handle.reset() between runs of the same levels"
+            )
         call = self.calls if context is None else context.name
         self.calls += 1
         self.key = (call, tuple(x.shape), x.dtype, x.device)

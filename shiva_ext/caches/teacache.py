@@ -8,6 +8,7 @@ import torch
 from diffusers.hooks import ModelHook
 from torch import Tensor, nn
 
+from ..hooks import with_weights
 from ..selection_state import odd_batch
 from .base import Cache, block_passing
 from .fit import Fit
@@ -150,7 +151,8 @@ class Stack:
             mine["sum"] = [0.0] * images
         else:
             wanted = self._compare(m, before, images, mine["sum"])
-        forced = state.step < cache.first or state.step >= state.steps - cache.last or "added" not in mine
+        begun = mine.setdefault("begun", state.step)  # an image to start from leaves out the first levels
+        forced = state.step - begun < cache.first or state.step >= state.steps - cache.last or "added" not in mine
         if forced:
             wanted = [True] * images
         mine["sum"] = [0.0 if computes else total for computes, total in zip(wanted, mine["sum"], strict=True)]
@@ -185,7 +187,7 @@ class Stack:
         wanted = []
         for image, change in enumerate(self.changes(m, before, images)):
             sums[image] += self.cache.expected(self.polynomial, change)
-            wanted.append(not sums[image] < self.cache.threshold)  # NaN computes
+            wanted.append(not -math.inf < sums[image] < self.cache.threshold)  # NaN and infinity compute
         return wanted
 
     def finish(self, output: Tensor) -> Tensor:
@@ -221,6 +223,8 @@ class StackHook(ModelHook):
                 "shiva_ext: TeaCache looks at the image to decide whether a step runs, which a compiled transformer "
                 "cannot; use SmoothCache or FORA with torch.compile"
             )
+        if self.index == 0:
+            args, kwargs = with_weights(module, args, kwargs)
         arguments = state.adapter.bind(forward, args, kwargs)
         x = arguments[state.adapter.image_argument]
         if self.index == 0:

@@ -65,8 +65,8 @@ class ModelAdapter(ABC):
     def cache_sites(self, block: nn.Module) -> dict[str, list[tuple[nn.Module, tuple[str, ...]]]]:
         """The modules of a block that do its work, by kind: "attention", "cross_attention", "mlp".
 
-        Each with what the tensors that it gives hold: "image" tokens, "text" tokens, or "joint", text before image. Its
-        first argument is ``hidden_states``, of the shape of its image tokens.
+        Each with what the tensors that it gives hold: "image" tokens, "text" tokens, "joint", text before image, or a
+        "map" of image tokens, [B,C,H,W]. Its first argument is ``hidden_states``, of the shape of its image tokens.
 
         Raises:
             TypeError: the family's adapter does not say.

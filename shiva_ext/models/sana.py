@@ -69,7 +69,7 @@ class SanaAdapter(ModelAdapter):
 
     def cache_sites(self, block: nn.Module) -> dict[str, list]:
         cross = {} if block.attn2 is None else {"cross_attention": [(block.attn2, ("image",))]}
-        return {"attention": [(block.attn1, ("image",))], **cross, "mlp": [(block.ff, ("image",))]}
+        return {"attention": [(block.attn1, ("image",))], **cross, "mlp": [(block.ff, ("map",))]}
 
     def modulated_input(self, block: nn.Module, x: Tensor, arguments: dict) -> Tensor:
         shift, scale = adaln_single(block, arguments["timestep"])[:2]

@@ -18,6 +18,7 @@ from torch.nn import functional as F
 
 from shiva_ext import adapter_weights, hooks
 from shiva_ext.artifact import ADAPTER_NAME
+from shiva_ext.cached import get_cache
 from shiva_ext.models import adapter_for
 
 from . import checkpoint
@@ -147,7 +148,16 @@ class TrainingLoop(ABC):
         return {}
 
     def attach(self, state: hooks.SelectionState) -> None:
-        """Put the hooks on the transformer."""
+        """Put the hooks on the transformer.
+
+        Raises:
+            RuntimeError: a cache is on it.
+        """
+        if get_cache(self.transformer) is not None:
+            raise RuntimeError(
+                "shiva_ext: the transformer has a cache, which takes from earlier steps what training has to compute; "
+                "disable it first"
+            )
         self.state = state
         if self.config.sharding == "fsdp":
             shard(self.transformer, state.adapter.blocks(self.transformer))
