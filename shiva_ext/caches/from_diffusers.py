@@ -1,5 +1,6 @@
 """diffusers' own caches on any model that they can run on, also where its pipeline knows nothing of them."""
 
+import math
 import re
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
@@ -121,7 +122,10 @@ class DiffusersCache(Cache):
             halves = [*config._unconditional_conditional_input_kwargs_identifiers, "pooled_projections"]
             config = replace(config, tensor_format="BCHW", _unconditional_conditional_input_kwargs_identifiers=halves)
         if getattr(config, "current_timestep_callback", 0) is None:
-            config = replace(config, current_timestep_callback=lambda: state.timestep)
+            # FasterCache has nothing to take from at the first call, which may be below its highest timestep.
+            config = replace(
+                config, current_timestep_callback=lambda: math.inf if state.branches.is_new else state.timestep
+            )
         return config
 
     def transformer_hook(self, state: CacheState, hooks: list[ModelHook]) -> "_ContextHook":
@@ -191,10 +195,12 @@ class _Branches:
         managers = (value for hook in hooks for value in vars(hook).values() if isinstance(value, StateManager))
         self.managers = {id(manager): manager for manager in managers}.values()
         self.states: dict[str, list] = {}
+        self.is_new = True  # the branch that was entered last
 
     def enter(self, name: str) -> None:
         """The coming call is of this branch."""
-        if name not in self.states:
+        self.is_new = name not in self.states
+        if self.is_new:
             self.states[name] = [type(hook.state)() for hook in self.single]
         for hook, own in zip(self.single, self.states[name], strict=True):
             hook.state = own

@@ -103,6 +103,11 @@ class TrainingLoop(ABC):
                 f"{type(self).__name__}: micro_batches is {config.micro_batches}, wanted a multiple of the {world()} "
                 "processes"
             )
+        if get_cache(transformer) is not None:
+            raise RuntimeError(
+                f"{type(self).__name__}: the transformer has a cache, which takes from earlier steps what training has "
+                "to compute; disable it first"
+            )
         self.transformer, self.config, self.next_batch = transformer, config, next_batch
         self.objective, self.recipe = objective or FlowMatching(), recipe or recipe_for(transformer)
         self.display, self.after_step = display or PlainDisplay(quiet=True), after_step
@@ -148,16 +153,7 @@ class TrainingLoop(ABC):
         return {}
 
     def attach(self, state: hooks.SelectionState) -> None:
-        """Put the hooks on the transformer.
-
-        Raises:
-            RuntimeError: a cache is on it.
-        """
-        if get_cache(self.transformer) is not None:
-            raise RuntimeError(
-                "shiva_ext: the transformer has a cache, which takes from earlier steps what training has to compute; "
-                "disable it first"
-            )
+        """Put the hooks on the transformer."""
         self.state = state
         if self.config.sharding == "fsdp":
             shard(self.transformer, state.adapter.blocks(self.transformer))
