@@ -175,11 +175,11 @@ def test_what_is_not_finite_does_not_decide():
     broken = [dict(call) for call in calls]
     broken[2]["hidden_states"] = torch.full_like(broken[2]["hidden_states"], float("nan"))
     found = calibrate_teacache(
-        model, lambda: [run(model, own) for own in (calls, broken)], steps=STEPS, share=0.3, degree=1
+        model, lambda: [run(model, own) for own in (broken, calls)], steps=STEPS, share=0.3, degree=1
     )
     assert all(map(np.isfinite, [*found.coefficients, *found.thresholds.values(), found.threshold]))
     smooth = calibrate_smoothcache(
-        model, lambda: [run(model, own) for own in (calls, broken)], steps=STEPS, share=0.9, max_lag=1
+        model, lambda: [run(model, own) for own in (broken, calls)], steps=STEPS, share=0.9, max_lag=1
     )
     assert np.isfinite(smooth.alpha) and smooth.cache().schedules["mlp"][2] == 1
 

@@ -32,6 +32,7 @@ from .test_families_cached import (
     calls_of,
     dit_run,
     fail,
+    fbc,
     flux_inputs,
     flux_pipe,
     left_on,
@@ -40,10 +41,6 @@ from .test_families_cached import (
 )
 
 pytestmark = pytest.mark.usefixtures("one_thread")
-
-
-def fbc():
-    return FirstBlockCacheConfig(threshold=9.0)
 
 
 def taylor(**options):

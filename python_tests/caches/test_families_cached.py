@@ -16,6 +16,7 @@ from diffusers import (
     DiTPipeline,
     DPMSolverMultistepScheduler,
     EulerDiscreteScheduler,
+    FirstBlockCacheConfig,
     FlowMatchEulerDiscreteScheduler,
     FlowMatchHeunDiscreteScheduler,
     FluxPipeline,
@@ -27,13 +28,14 @@ from diffusers.hooks import apply_group_offloading
 from models import tiny
 from models.every_family import EVERY
 from models.families import build_wan
-from models.test_families import dit_pipeline
+from models.test_families import PIPELINES, dit_pipeline
 from models.test_together import add_lora
 from torch import nn
 from torch._dynamo.testing import CompileCounter
 
 import shiva_ext
 from shiva_ext.caches import FORA, SmoothCache, TeaCache
+from shiva_ext.caches.teacache import Stack
 from shiva_ext.methods import ToMeSD
 from shiva_ext.models import adapter_for
 from shiva_ext.models.per_sample import PerSampleAdapter
@@ -372,6 +374,14 @@ def test_what_is_not_finite_is_computed_and_does_not_stay(name, bad):
         assert torch.equal(found[2], dense[2])
 
 
+def test_an_infinite_change_is_computed_whatever_the_polynomial_makes_of_it():
+    cache = TeaCache(1e9, (-1.0, 1.0, 0.0))
+    stack = Stack(cache, cache.coefficients, None)
+    now, nothing = torch.ones(2, 3, 4), torch.zeros(2, 3, 4)
+    assert stack._compare(now, nothing, 2, [0.0, 0.0]) == [True, True]
+    assert stack._compare(now, now, 2, [0.0, 0.0]) == [False, False]
+
+
 # ---------------------------------------------------------------------------------------------------------- pipelines
 
 
@@ -408,6 +418,42 @@ def test_the_step_is_known_with_every_scheduler(scheduler, steps):
     forwards.given.clear()
     _, handle = dit_run(model, scheduler(), TeaCache(1e9, "identity"))
     assert len(forwards.given) == 2 and handle.state.last == (4, 2 * (steps - 2))
+
+
+@pytest.mark.parametrize("name", PIPELINES)
+@pytest.mark.parametrize("selected", [False, True])
+def test_the_families_own_pipelines(name, selected):
+    """DiT's runs on DDIM, Sana's on DPM-Solver; Qwen-Image's and Wan's guide in two calls, which they name."""
+    torch.manual_seed(0)
+    model = EVERY[name][0](**(dict(num_embeds_ada_norm=1000) if name == "dit" else {}))
+    pipe, arguments = PIPELINES[name](model)
+    pipe.set_progress_bar_config(disable=True)
+    guided = True if name == "dit" else None
+
+    def generate():
+        return pipe(num_inference_steps=6, generator=torch.Generator().manual_seed(0), **arguments)[0]
+
+    forwards = Forwards(adapter_for(model).cache_sites(blocks_of(model)[0])["mlp"][0][0])
+    if selected:
+        shiva_ext.enable(pipe, EVERY[name][2](model), batched_guidance=guided)
+    plain, calls = generate(), len(forwards.given)
+    for cache, share in ((FORA(1), 1), (FORA(2), 4 / 6), (TeaCache(1e9, "identity"), 2 / 6), (fbc(), 1)):
+        if name == "sana" and cache == fbc():
+            continue  # diffusers does not know its blocks
+        forwards.given.clear()
+        handle = shiva_ext.enable(pipe, cache, batched_guidance=guided)
+        first = generate()
+        assert len(forwards.given) == share * calls
+        assert torch.equal(first, generate()) and torch.equal(first, plain) == (cache == FORA(1))
+        assert handle.bytes == 0 < handle.peak_bytes and first.isfinite().all()
+        handle.disable()
+    assert torch.equal(generate(), plain)
+    shiva_ext.disable(pipe)
+    assert not [name for name, m in model.named_modules() if name and hasattr(m, "_diffusers_hook")]
+
+
+def fbc():
+    return FirstBlockCacheConfig(threshold=9.0)
 
 
 def sd3_pipe(model=None, scheduler=None):
