@@ -100,7 +100,7 @@ def _describe(handle: CacheHandle) -> str:
     parts = [f"cache: {cache}, {handle.num_hooked} modules hooked" if handle.num_hooked else f"cache: {cache}"]
     if state.last is not None:
         computed, reused = state.last
-        parts.append(f"{computed} of {computed + reused} calls of the blocks computed in the last run")
+        parts.append(f"{computed} of {computed + reused} calls computed everything in the last run")
     elif cache.steps is not None and hasattr(cache, "computed"):
         parts.append(f"{cache.computed(cache.steps)} of {cache.steps} steps compute everything")
     parts.append(f"at most {handle.peak_bytes / 2**20:.2f} MiB stored so far")

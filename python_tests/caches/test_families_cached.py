@@ -720,6 +720,34 @@ def test_a_copy_of_the_scheduler_does_not_drive_the_cache():
 
 
 @torch.no_grad()
+def test_a_feed_forward_in_chunks():
+    model, plain = EVERY["pixart"][0](), EVERY["pixart"][0]()
+    calls = calls_of("pixart", model)
+    with shiva_ext.enable(plain, FORA(3, steps=STEPS)):
+        wanted = run(plain, calls)
+    for block in model.transformer_blocks:
+        block.set_chunk_feed_forward(4, 1)
+    with shiva_ext.enable(model, FORA(3, steps=STEPS)):
+        for a, b in zip(run(model, calls), wanted, strict=True):
+            torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-5)
+        with shiva_ext.enable(model, RandomSelector(0.5)), pytest.raises(ValueError, match="turn forward chunking off"):
+            run(model, calls)
+
+
+def test_the_summary_says_what_the_last_run_did():
+    pipe = sd3_pipe()
+    for cache, text in (
+        (FORA(2), "4 of 6 calls computed everything in the last run"),
+        (SmoothCache({"mlp": (1, 0, 1, 0, 0, 1)}), "3 of 6 calls computed everything in the last run"),
+        (TeaCache(1e9, "identity"), "4 of 12 calls computed everything in the last run"),
+    ):
+        shiva_ext.enable(pipe, cache)
+        pipe(**tiny.pipeline_inputs(2, 6))
+        pipe(**tiny.pipeline_inputs(2, 6))
+        assert text in str(shiva_ext.summary(pipe))
+
+
+@torch.no_grad()
 def test_two_attentions_of_a_block_are_both_kept():
     model = tiny.make_model(dual_attention_layers=(0, 1, 2))
     calls = calls_of("sd3", model)

@@ -240,7 +240,13 @@ class SiteHook(ModelHook):
             if what != "text":
                 part = part.flatten(2).transpose(1, 2) if what == "map" else part.flatten(1, -2)
                 if kept is not None:
-                    index, size = self._index(what, part.shape[1] - kept.shape[1], kept, total)
+                    text = part.shape[1] - kept.shape[1]
+                    if text < 0 or (text and what != "joint"):
+                        raise ValueError(
+                            f"shiva_ext: the {self.kind} of a block was called with {part.shape[1]} of its "
+                            f"{kept.shape[1]} tokens; turn forward chunking off beside a selection"
+                        )
+                    index, size = self._index(what, text, kept, total)
                     before = part.new_zeros(len(part), size, part.shape[2]) if before is None else before
                     part = ops.token_scatter(before, index, part.contiguous())
             found.append(part)
@@ -274,6 +280,9 @@ class ScheduledTransformerHook(CachedTransformerHook):
         self.site_hooks = site_hooks
 
     def run(self, module: nn.Module, forward, args: tuple, kwargs: dict):
+        state = self.state
         for hook in self.site_hooks:
             hook.calls = 0
+        if not (state.bypass or torch.compiler.is_compiling()):
+            state.computed, state.reused = state.computed + (not state.planned), state.reused + bool(state.planned)
         return forward(*args, **kwargs)

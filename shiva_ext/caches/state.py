@@ -28,7 +28,7 @@ class CacheState:
         broken: a call of this step has failed, so that it is not known whose calls come next.
         key: what tells the calls of a step apart: guidance's branch, and the latents' shape, dtype and device. Values
             are stored and found under it, so that nothing of one branch or size is used in another.
-        computed, reused: calls of this run by what became of them; what they count is the cache's own.
+        computed, reused: calls of this run that computed everything, and others; TeaCache counts those of each image.
         stores: dicts in which hooks keep tensors, by ``key``; emptied with every run.
         on_reset, kept_elsewhere, undo: of a cache whose hooks keep tensors elsewhere: called as a run ends, for their
             bytes, and to take the hooks off.
