@@ -420,8 +420,7 @@ def test_the_step_is_known_with_every_scheduler(scheduler, steps):
     assert len(forwards.given) == 2 and handle.state.last == (4, 2 * (steps - 2))
 
 
-@pytest.mark.parametrize("name", PIPELINES)
-@pytest.mark.parametrize("selected", [False, True])
+@pytest.mark.parametrize(("name", "selected"), [("dit", False), ("sana", True), ("qwenimage", True), ("wan", False)])
 def test_the_families_own_pipelines(name, selected):
     """DiT's runs on DDIM, Sana's on DPM-Solver; Qwen-Image's and Wan's guide in two calls, which they name."""
     torch.manual_seed(0)
@@ -812,20 +811,20 @@ def test_more_calls_of_a_step_than_guidance_makes_are_refused():
 def test_one_graph_a_pattern_beside_a_selection():
     torch._dynamo.reset()
     pipe = flux_pipe(num_layers=1, num_single_layers=1)
-    inputs = flux_inputs(true_cfg=False, steps=5)
+    inputs = flux_inputs(true_cfg=False, steps=4)
 
     def call():
         return pipe(**inputs | dict(generator=torch.Generator().manual_seed(0)))[0]
 
     shiva_ext.enable(pipe, replace(EVERY["flux"][2](pipe.transformer), table=RatioTable.fixed(0.5, 2)))
-    shiva_ext.enable(pipe, SmoothCache({"attention": (1, 0, 1, 0, 1), "mlp": (1, 0, 0, 0, 1)}))
+    shiva_ext.enable(pipe, FORA(2))  # computes, reuses, computes, computes
     eager, counter = call(), CompileCounter()
     pipe.transformer = torch.compile(pipe.transformer, backend=counter, fullgraph=True)
-    found = [call(), call()]
+    found = [call()]
     graphs = counter.frame_count
     found.append(call())
-    # Three patterns; and at the first step no token has anything from before.
-    assert graphs == counter.frame_count == 4
+    # Two patterns; and at the first step no token has anything from before.
+    assert graphs == counter.frame_count == 3
     for each in found:
         torch.testing.assert_close(each, eager, rtol=1e-4, atol=1e-5)
 
