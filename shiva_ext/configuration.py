@@ -89,7 +89,7 @@ class Configuration:
             content.pop("shiva_ext")
             calibration = content.pop("calibration")
             return cls(**content, calibration=None if calibration is None else cache_from_json(calibration))
-        except (KeyError, TypeError, ValueError, AttributeError) as error:
+        except (AttributeError, IndexError, KeyError, TypeError, ValueError) as error:
             raise ValueError(f"shiva_ext: {file} is no configuration: {error}") from error
 
 
