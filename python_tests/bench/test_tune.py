@@ -163,3 +163,15 @@ def test_a_budget_that_is_no_number(command, capsys):
     with pytest.raises(SystemExit):
         main([*command, "--budget", "fast"])
     assert "wanted a speed-up such as 2.5x" in capsys.readouterr().err
+
+
+def test_what_a_model_refuses_is_kept_as_well(folder, tmp_path, capsys, monkeypatch):
+    study = tune.TuneStudy(
+        load_pipeline(str(folder / "model"), None, torch.float32), {}, ["a cat"], tmp_path, 1, STEPS, 3.0, 16
+    )
+    dense, refused = cell_of(STEPS), cell_of(2, None, ("smoothcache", 0.1))  # both steps of two are computed
+    assert tune._tried(study, refused, dense) is None
+    monkeypatch.setattr(tune.TuneStudy, "generate", lambda *_: pytest.fail("a refused trial ran again"))
+    assert tune._tried(study, refused, dense) is None
+    first, second = (line for line in capsys.readouterr().out.splitlines() if "is left out" in line)
+    assert first == second and "smoothcache" in first

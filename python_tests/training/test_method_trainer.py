@@ -90,7 +90,7 @@ def test_a_run_is_not_resumed_with_other_settings_of_the_method(tmp_path):
     trainer.run_stage("joint", 3, checkpoints=tmp_path)
     trainer.close()
     other = MethodTrainer(tiny_model(), trainer.config, next_batch, replace(SETTINGS["diffcr"], ratio_weight=9.0))
-    with pytest.raises(ValueError, match="DiffCR.ratio_weight 0.3 \\(now 9.0\\)"):
+    with pytest.raises(ValueError, match="DiffCR.ratio_weight 3.0 \\(now 9.0\\)"):
         other.run(tmp_path, resume=True)
 
 

@@ -7,11 +7,13 @@ from ..evaluation.pareto import BETTER, Point, at_cost, compare, front
 from ..testbed.cached_rows import Caches
 from ..testbed.report import Study
 from ..testbed.rows import Row
+from ..testbed.sampling import ADAMS, EULER
 from .pareto import SAMPLES, sweep
 from .pareto_page import points
 
 STEPS = 25
 FEWER = (12, 6, 4)
+FEWER_ADAMS = (12, 8, 6, 4)  # of the solver of the second order, which makes more of few steps
 # Strengths of the caches by the steps of a run: a short one has few to leave out.
 _STRENGTHS = {
     25: {"teacache": (0.4, 0.6), "smoothcache": (0.6, 0.4), "first block": (0.1, 0.25), "fora": (2, 3)},
@@ -23,7 +25,7 @@ FASTER, WITHIN = 4.0, 1.05  # what is looked for: so much faster, at no more tha
 FEWER_STEPS, COMBINED = "fewer steps", " + "
 
 
-def _row(selection: dict | None, name: str, cache: tuple[str, float] | None, steps: int) -> Row:
+def _row(selection: dict | None, name: str, cache: tuple[str, float] | None, steps: int, solver: str = EULER) -> Row:
     parts, axes = [], []
     if selection is not None:
         parts.append(name)
@@ -33,15 +35,18 @@ def _row(selection: dict | None, name: str, cache: tuple[str, float] | None, ste
         axes.append(Caches.NAMES[cache[0]])
     if steps != STEPS:
         axes.append(FEWER_STEPS)
-    parts.append(f"{steps} steps")
+    parts.append(f"{steps} steps" + ("" if solver == EULER else f" of {solver.title()}"))
     group = COMBINED.join(axes) or "dense"
     method = {} if selection is None else {"method": "artefact", **selection}
     text = "dense" if group == "dense" else ", ".join(parts)
-    return Row(text, steps=steps, group=group, cache=cache, **method)
+    return Row(text, steps=steps, group=group, cache=cache, solver=solver, **method)
 
 
 def cells(testbed: str = "fashion") -> list[Row]:
-    """The grid: {dense, Shiva 60 %, Shiva 50 %} x {no cache, three caches} x {25, 12, 6, 4 steps}."""
+    """The grid: {dense, Shiva 60 %, Shiva 50 %} x {no cache, three caches} x {25, 12, 6, 4 steps}.
+
+    And fewer steps of a solver of the second order, without a cache, whose stale velocities it would continue.
+    """
     source = {"fashion": "shiva60", "emoji": "emoji60"}[testbed]
     selections = [
         (None, ""),
@@ -53,6 +58,7 @@ def cells(testbed: str = "fashion") -> list[Row]:
         for steps in (STEPS, *FEWER):
             caches = [(cache, each) for cache, strengths in _STRENGTHS[steps].items() for each in strengths]
             found += [_row(selection, name, cache, steps) for cache in (None, *caches)]
+        found += [_row(selection, name, None, steps, ADAMS) for steps in FEWER_ADAMS]
     return found
 
 

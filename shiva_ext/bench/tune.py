@@ -2,6 +2,7 @@
 
 import inspect
 import itertools
+import json
 import math
 import os
 import statistics
@@ -21,7 +22,7 @@ from ..evaluation.metrics import ssim
 from ..testbed.rows import Dense
 from ..training.fit import load_pipeline
 from .model_cells import BUDGETS, Cell
-from .model_study import ModelStudy, hash_of
+from .model_study import ModelStudy, hash_of, write_json
 from .pareto_model import DTYPES, read_prompts
 
 KIND = "configuration"
@@ -106,9 +107,13 @@ def _fidelity(study: TuneStudy, cell: Cell, dense: Cell) -> float:
 
 def _tried(study: TuneStudy, cell: Cell, dense: Cell) -> Trial | None:
     """A cell's numbers; None where the cache has nothing to do in so few steps, or the model refuses it."""
+    file = study.cache_dir / f"left-out-{hash_of([study.settings(cell), study.samples])}.json"
     try:
+        if file.is_file():
+            raise ValueError(json.loads(file.read_text()))
         fidelity = _fidelity(study, cell, dense)
     except (TypeError, ValueError) as error:
+        write_json(file, str(error))
         print(f"shiva tune: {cell.name} is left out: {error}")
         return None
     return Trial(cell, study.timing(cell, dense)["speed_up"], fidelity)
