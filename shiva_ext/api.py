@@ -271,11 +271,12 @@ def enable(
         RuntimeError: no block was hooked.
     """
     transformer = find_transformer(pipe_or_transformer, component)
+    given = (ratio, budget, tile, sigmas, max_distinct_k, share_selection)
+    asked = any(each is not None for each in given) or not (adapter and fused) or reconstruct != IDENTITY
     if isinstance(source, (str, os.PathLike)) and Path(source).suffix == ".json" and is_configuration(source):
         source = Configuration.load(source)
     if isinstance(source, Configuration):
-        given = (ratio, budget, tile, sigmas, max_distinct_k, share_selection)
-        if any(each is not None for each in given) or not (adapter and fused) or reconstruct != IDENTITY:
+        if asked:
             raise ValueError(
                 "shiva_ext: a configuration has all settings in it; enable its selection and its cache by themselves "
                 "to change them"
@@ -290,8 +291,7 @@ def enable(
             stacklevel=2,
         )
     if cache is not None:
-        given = (ratio, budget, tile, sigmas, max_distinct_k, share_selection)
-        if any(each is not None for each in given) or not (adapter and fused) or reconstruct != IDENTITY:
+        if asked:
             raise ValueError(
                 f"shiva_ext: {cache.name} selects no tokens; ratio, budget, tile, sigmas, max_distinct_k, "
                 "share_selection, adapter, fused and reconstruct are for selections, which are enabled by a call of "

@@ -8,6 +8,7 @@ from pathlib import Path
 from ._library import __version__
 from .caches import FORA, Cache, DiffusersCache
 from .caches.file import SmoothCacheFile, TeaCacheFile, cache_from_json, cache_to_json
+from .files import write_text
 
 FORMAT = 1
 
@@ -49,11 +50,11 @@ class Configuration:
         if self.cache in ("fora", "first block") and self.strength is None:
             raise ValueError(f"shiva_ext: the configuration has the cache {self.cache!r}, but no strength of it")
         if self.cache == "fora":
-            return FORA(int(self.strength))
+            return FORA(int(self.strength), self.steps)
         if self.cache == "first block":
             from diffusers import FirstBlockCacheConfig
 
-            return DiffusersCache(FirstBlockCacheConfig(self.strength))
+            return DiffusersCache(FirstBlockCacheConfig(self.strength), self.steps)
         raise ValueError(
             f"shiva_ext: the configuration has a cache {self.cache!r}, wanted 'teacache', 'smoothcache', 'fora', "
             "'first block' or none"
@@ -66,9 +67,7 @@ class Configuration:
         content = {"configuration": FORMAT, "shiva_ext": __version__, **content, "calibration": calibration}
         file = Path(file)
         file.parent.mkdir(parents=True, exist_ok=True)
-        temporary = file.with_suffix(".tmp")
-        temporary.write_text(json.dumps(content, indent=1) + "\n")
-        os.replace(temporary, file)
+        write_text(file, json.dumps(content, indent=1) + "\n")
 
     @classmethod
     def load(cls, file: str | os.PathLike) -> "Configuration":

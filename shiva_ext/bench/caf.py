@@ -26,10 +26,10 @@ from ..caf.fashion import TEACHER_STEPS
 from ..evaluation.image_metric import fingerprint
 from ..evaluation.metrics import bootstrap_distances, class_accuracy, frechet_distance, gaussian, psnr
 from ..evaluation.pareto import DEVIATIONS
+from ..files import write_text
 from ..testbed.beds import Fashion
 from ..testbed.data import to_float
 from ..testbed.model import load_model
-from ..testbed.report import write_text
 from ..testbed.sampling import generate
 from .caf_figure import draw
 from .caf_flows import AccelerationFlow, Flow, VelocityFlow

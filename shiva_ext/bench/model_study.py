@@ -21,9 +21,9 @@ from tqdm import tqdm
 
 from ..api import find_transformer
 from ..evaluation.image_metric import fingerprint
+from ..files import write_text
 from ..models import adapter_for
 from ..testbed.figures import draw_grid, kept_share
-from ..testbed.report import write_text
 from ..testbed.rows import Dense, Enabled
 from .model_cells import ARTEFACT, MERGER, Cell
 

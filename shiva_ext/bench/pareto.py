@@ -14,8 +14,9 @@ import torch
 
 from ..evaluation.metrics import bootstrap_distances, ssim
 from ..evaluation.pareto import DEVIATIONS
+from ..files import write_text
 from ..testbed.figures import draw_grid
-from ..testbed.report import SHOWN, Study, write_text
+from ..testbed.report import SHOWN, Study
 from ..testbed.rows import Row
 from .model_cells import KEPT, MERGED, SDTM_RATIOS, WHOLE, swing
 from .pareto_page import OURS, draw, write_page

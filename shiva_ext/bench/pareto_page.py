@@ -9,6 +9,7 @@ from pathlib import Path
 from matplotlib.figure import Figure
 
 from ..evaluation.pareto import Point, front, ties, verdicts
+from ..files import write_text
 from ..training.report import STYLE
 
 _COLOURS = (
@@ -231,6 +232,4 @@ def write_page(content: dict, file: Path) -> None:
         f"explain: its overhead.</p>{_results(found)}"
         f"{left_out}<h2>Samples and kept tokens</h2>{_pictures(found)}</html>"
     )
-    temporary = file.with_suffix(".tmp")
-    temporary.write_text(page)
-    os.replace(temporary, file)
+    write_text(file, page)

@@ -81,7 +81,8 @@ class TuneStudy(ModelStudy):
         """What a cell stands for."""
         options = dict(cell.options)
         cache, budget = options["cache"], options["budget"]
-        found = Configuration(cell.steps, None if budget is None else self.artefact, budget)
+        own = str(Path(self.artefact).resolve()) if self.artefact and Path(self.artefact).is_dir() else self.artefact
+        found = Configuration(cell.steps, None if budget is None else own, budget)
         if cache is None:
             return found
         name, strength = cache

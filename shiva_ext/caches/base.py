@@ -18,11 +18,9 @@ class Cache(ABC):
 
     Attributes:
         steps: of a run; by default what the pipeline's scheduler says. A transformer without one wants it.
-        static: whether all samples of a batch compute the same things at the same steps, whatever they hold.
         wants_guidance: whether it matters that a batch is (unconditional, conditional).
     """
 
-    static = False
     wants_guidance = True
     steps: int | None
 

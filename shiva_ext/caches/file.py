@@ -6,6 +6,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from .._library import __version__
+from ..files import write_text
 from .base import Cache
 from .fit import Fit
 from .schedule import make_schedule
@@ -39,7 +40,7 @@ class TeaCacheFile:
     def cache(self, threshold: float | None = None) -> TeaCache:
         """The cache, by default with the file's threshold."""
         value = self.threshold if threshold is None else threshold
-        return TeaCache(value, self.coefficients, self.bounds, fit=self.fit)
+        return TeaCache(value, self.coefficients, self.bounds, steps=self.fit.steps, fit=self.fit)
 
     def to_json(self) -> dict:
         return {
@@ -126,9 +127,7 @@ def save_cache(found: TeaCacheFile | SmoothCacheFile, file: str | os.PathLike) -
     """Write a calibration; whole, or not at all."""
     file = Path(file)
     file.parent.mkdir(parents=True, exist_ok=True)
-    temporary = file.with_suffix(".tmp")
-    temporary.write_text(json.dumps(cache_to_json(found), indent=1) + "\n")
-    os.replace(temporary, file)
+    write_text(file, json.dumps(cache_to_json(found), indent=1) + "\n")
 
 
 def read_cache(file: str | os.PathLike) -> TeaCacheFile | SmoothCacheFile:

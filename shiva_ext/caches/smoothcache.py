@@ -21,7 +21,6 @@ ALL = "*"  # every kind of module
 class Scheduled(Cache):
     """A cache whose steps are known before the run: the same for all images, and one graph a pattern to a compiler."""
 
-    static = True
     wants_guidance = False
 
     @abstractmethod

@@ -18,7 +18,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 from tqdm import tqdm
 
-from ..testbed.report import write_text
+from ..files import write_text
 from ..testbed.sampling import make_noise
 from ..training.sampling import derive_seed
 

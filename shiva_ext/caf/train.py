@@ -10,7 +10,7 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 
-from ..testbed.report import write_text
+from ..files import write_text
 from ..training.averaged import Averaged, train_averaged
 from .flow import LOSSES, acceleration_target, initial_velocity, interpolate
 from .model import initial_acceleration_model, initial_velocity_model, predict, scale_output

@@ -165,15 +165,6 @@ class ModelAdapter(ABC):
         return (*output[: self.image_output], tokens, *output[self.image_output + 1 :])
 
 
-def adaln_single(block: nn.Module, timestep: Tensor) -> tuple[Tensor, ...]:
-    """Shift, scale and gate of attention, then of the MLP, [B,1,D] each, of a block with a table of its own.
-
-    Args:
-        timestep: [B,6D], what all blocks are given.
-    """
-    return (block.scale_shift_table[None] + timestep.reshape(len(timestep), 6, -1)).chunk(6, dim=1)
-
-
 ADAPTERS: dict[str, type[ModelAdapter]] = {}
 
 

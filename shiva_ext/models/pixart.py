@@ -1,14 +1,15 @@
 """PixArt-α and PixArt-Σ (DiT with cross-attention)."""
 
-from torch import Tensor, nn
+from torch import nn
 
 from ..evaluation.flops import pixart_forward_flops
-from .base import Conditioning, ModelAdapter, adaln_single, register
+from .adaln_single import AdaLNSingleAdapter
+from .base import Conditioning, register
 from .prompt import mean_token
 
 
 @register
-class PixArtAdapter(ModelAdapter):
+class PixArtAdapter(AdaLNSingleAdapter):
     """``PixArtTransformer2DModel``: self-attention over image tokens, cross-attention to the prompt.
 
     Absolute positions are added before the first block, so a gathered token carries its own. There is no pooled prompt:
@@ -16,13 +17,6 @@ class PixArtAdapter(ModelAdapter):
     """
 
     model_class = "PixArtTransformer2DModel"
-    row_arguments = (
-        "hidden_states",
-        "encoder_hidden_states",
-        "timestep",
-        "attention_mask",
-        "encoder_attention_mask",
-    )
 
     def blocks(self, transformer: nn.Module) -> list[nn.Module]:
         return list(transformer.transformer_blocks)
@@ -37,14 +31,6 @@ class PixArtAdapter(ModelAdapter):
 
     def merge_sites(self, block: nn.Module) -> dict[str, list[nn.Module]]:
         return {"attention": [block.attn1], "mlp": [block.ff], "mlp_norm": [block.norm2]}
-
-    def cache_sites(self, block: nn.Module) -> dict[str, list]:
-        cross = {} if block.attn2 is None else {"cross_attention": [(block.attn2, ("image",))]}
-        return {"attention": [(block.attn1, ("image",))], **cross, "mlp": [(block.ff, ("image",))]}
-
-    def modulated_input(self, block: nn.Module, x: Tensor, arguments: dict) -> Tensor:
-        shift, scale = adaln_single(block, arguments["timestep"])[:2]
-        return block.norm1(x) * (1 + scale) + shift
 
     def forward_flops(self, transformer: nn.Module, *args, **options) -> int:
         return pixart_forward_flops(transformer, *args, **options)

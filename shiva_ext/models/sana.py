@@ -5,7 +5,8 @@ from torch import Tensor, nn
 
 from .. import ops
 from ..evaluation.flops import sana_forward_flops
-from .base import Conditioning, ModelAdapter, adaln_single, register
+from .adaln_single import AdaLNSingleAdapter
+from .base import Conditioning, register
 from .prompt import mean_token
 
 
@@ -29,7 +30,7 @@ class _OnGrid(ModelHook):
 
 
 @register
-class SanaAdapter(ModelAdapter):
+class SanaAdapter(AdaLNSingleAdapter):
     """``SanaTransformer2DModel``: linear attention, cross-attention to the prompt, and a gated MLP whose 3 x 3
     depthwise convolution sees a token's neighbours.
 
@@ -41,14 +42,8 @@ class SanaAdapter(ModelAdapter):
     """
 
     model_class = "SanaTransformer2DModel"
-    row_arguments = (
-        "hidden_states",
-        "encoder_hidden_states",
-        "timestep",
-        "attention_mask",
-        "encoder_attention_mask",
-    )
     shared_arguments = ("height", "width")
+    mlp_gives = "map"
 
     def __init__(self):
         self.placed: tuple[Tensor, tuple[int, int]] | None = None
@@ -66,14 +61,6 @@ class SanaAdapter(ModelAdapter):
 
     def num_tokens(self, transformer: nn.Module) -> int:
         return (transformer.config.sample_size // transformer.config.patch_size) ** 2
-
-    def cache_sites(self, block: nn.Module) -> dict[str, list]:
-        cross = {} if block.attn2 is None else {"cross_attention": [(block.attn2, ("image",))]}
-        return {"attention": [(block.attn1, ("image",))], **cross, "mlp": [(block.ff, ("map",))]}
-
-    def modulated_input(self, block: nn.Module, x: Tensor, arguments: dict) -> Tensor:
-        shift, scale = adaln_single(block, arguments["timestep"])[:2]
-        return block.norm1(x) * (1 + scale) + shift
 
     def forward_flops(self, transformer: nn.Module, *args, **options) -> int:
         return sana_forward_flops(transformer, *args, **options)

@@ -1,39 +1,31 @@
 """Caches of the testbeds' rows, calibrated on the dense model as they are needed."""
 
+from dataclasses import replace
 from pathlib import Path
 
 import torch
-from diffusers import FirstBlockCacheConfig
 
 import shiva_ext
 
-from ..caches import FORA, Cache, DiffusersCache, TeaCache, read_cache, save_cache
+from ..caches import Cache, read_cache, save_cache
 from ..evaluation.image_metric import fingerprint
 from .beds import Testbed
+from .rows import Dense
 
 SAMPLES = {"teacache": 40, "smoothcache": 20}  # pictures of a calibration
 _SHARE = 0.5  # what a calibration's file has as its own; rows have theirs
 
 
-class Cached:
+class Cached(Dense):
     """A row's method with a cache around it, see :class:`~.rows.Method`.
 
     Which tokens were kept is not recorded: some calls do not get as far.
     """
 
-    router_width, measured = 0, True
+    measured = True
 
     def __init__(self, method, handle: shiva_ext.CacheHandle):
         self.method, self.handle = method, handle
-
-    def work(self, dim: int, tokens: int) -> list[tuple[dict, int]]:
-        return []
-
-    def record(self, on: bool) -> None:
-        pass
-
-    def kept_tokens(self) -> list[dict[int, torch.Tensor]]:
-        return []
 
     def disable(self) -> None:
         self.handle.disable()
@@ -84,20 +76,15 @@ class Caches:
     def cache(self, name: str, strength: float, steps: int) -> Cache:
         """The cache for runs of so many steps."""
         file = self.file(name, strength, steps)
-        if name == "first block":
-            return DiffusersCache(FirstBlockCacheConfig(strength), steps=steps)
-        if name == "fora":
-            return FORA(int(strength), steps=steps)
-        found = read_cache(file)
-        if name == "smoothcache":
-            return found.cache()
-        if strength not in found.thresholds:
-            raise ValueError(
-                f"TeaCache: no threshold for a share of {strength:g} at {steps} steps; its calibration has "
-                f"{', '.join(f'{each:g}' for each in found.thresholds)}"
-            )
-        cache = found.cache(found.thresholds[strength])
-        return TeaCache(cache.threshold, cache.coefficients, cache.bounds, steps=steps)
+        found = None if file is None else read_cache(file)
+        if name == "teacache":
+            if strength not in found.thresholds:
+                raise ValueError(
+                    f"TeaCache: no threshold for a share of {strength:g} at {steps} steps; its calibration has "
+                    f"{', '.join(f'{each:g}' for each in found.thresholds)}"
+                )
+            found = replace(found, threshold=found.thresholds[strength])
+        return shiva_ext.Configuration(steps, cache=name, strength=strength, calibration=found).build_cache()
 
     def put_on(self, transformer, method, name: str, strength: float, steps: int, guided: bool) -> Cached:
         """The cache around a transformer that has the method on it."""

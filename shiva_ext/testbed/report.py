@@ -19,6 +19,7 @@ from tqdm import tqdm
 from ..evaluation.flops import sd3_forward_flops
 from ..evaluation.image_metric import fingerprint
 from ..evaluation.metrics import ForegroundRecall, class_accuracy, frechet_distance, gaussian, precision_recall, psnr
+from ..files import write_text
 from .beds import get_testbed
 from .cached_rows import Caches
 from .figures import draw_grid, draw_report, kept_share, print_table
@@ -28,13 +29,6 @@ from .sampling import EULER, STEPS, generate
 # Part of every cache key: raise it when a change of the code below changes what a finished row would hold.
 VERSION = 2
 SHOWN = 6  # images whose kept tokens are drawn
-
-
-def write_text(file: Path, text: str) -> None:
-    """Write a file whole or not at all."""
-    temporary = file.with_suffix(".tmp")
-    temporary.write_text(text)
-    os.replace(temporary, file)
 
 
 def _mean(tokens: int | tuple[int, int]) -> float:
