@@ -12,7 +12,7 @@ import pytest
 import torch
 from evaluation.tiny_weights import save_clip, save_reward
 from PIL import Image
-from training.tiny_pipeline import save_images, save_pipeline
+from training.tiny_pipeline import save_artifact, save_images, save_pipeline
 
 import shiva_ext
 from bench.tiny_checkpoints import save_flux, save_pixart
@@ -25,7 +25,6 @@ from shiva_ext.evaluation import fid
 from shiva_ext.evaluation.flops import sd3_forward_flops
 from shiva_ext.evaluation.image_metric import mean_of, read_picture
 from shiva_ext.evaluation.metrics import psnr, ssim
-from shiva_ext.models import adapter_for
 from shiva_ext.selection import RatioTable, ShivaRouter
 from shiva_ext.training.fit import load_pipeline
 
@@ -38,10 +37,7 @@ def folder(tmp_path_factory):
     """A pipeline, an artefact for it, and the metrics' weights."""
     folder = tmp_path_factory.mktemp("checkpoint")
     save_pipeline(folder)
-    transformer = load_pipeline(str(folder / "model"), None, torch.float32).transformer
-    torch.manual_seed(2)
-    router = ShivaRouter(**adapter_for(transformer).dims(transformer), hidden=16).eval().requires_grad_(False)
-    shiva_ext.ShivaArtifact("SD3Transformer2DModel", router, RatioTable.fixed(0.6, 3)).save(folder / "artefact")
+    save_artifact(folder)
     save_clip(folder / "clip")
     save_reward(folder / "reward")
     (folder / "prompts.txt").write_text("a cat\n\n  red dog \n")

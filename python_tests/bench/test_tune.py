@@ -4,14 +4,12 @@ import json
 
 import pytest
 import torch
-from training.tiny_pipeline import save_pipeline
+from training.tiny_pipeline import save_artifact, save_pipeline
 
 import shiva_ext
 from shiva_ext.bench import tune
 from shiva_ext.bench.tune import Trial, candidates, cell_of, choose
 from shiva_ext.cli import main
-from shiva_ext.models import adapter_for
-from shiva_ext.selection import RatioTable, ShivaRouter
 from shiva_ext.training.fit import load_pipeline
 
 STEPS = 6
@@ -59,10 +57,7 @@ def test_combinations_take_one_of_each_axis_and_the_most_promising_come_first():
 def folder(tmp_path_factory):
     folder = tmp_path_factory.mktemp("tune")
     save_pipeline(folder)
-    transformer = load_pipeline(str(folder / "model"), None, torch.float32).transformer
-    torch.manual_seed(2)
-    router = ShivaRouter(**adapter_for(transformer).dims(transformer), hidden=16).eval().requires_grad_(False)
-    shiva_ext.ShivaArtifact("SD3Transformer2DModel", router, RatioTable.fixed(0.6, 3)).save(folder / "artefact")
+    save_artifact(folder)
     return folder
 
 

@@ -13,7 +13,7 @@ from models import tiny
 from models.every_family import EVERY
 from models.test_families import dit_pipeline
 from torch import nn
-from training.tiny_pipeline import save_pipeline
+from training.tiny_pipeline import save_artifact, save_pipeline
 
 import shiva_ext
 from shiva_ext.caches import SmoothCache, TeaCache, load_cache, make_schedule, read_cache, save_cache
@@ -364,6 +364,19 @@ def found():
 KINDS = ("teacache", "smoothcache")
 
 
+@torch.no_grad()
+@pytest.mark.parametrize("kind", KINDS)
+def test_a_file_is_enough_for_a_transformer_without_a_pipeline(kind, found, tmp_path):
+    save_cache(found[kind], tmp_path / "cache.json")
+    model = tiny.make_model()
+    with shiva_ext.enable(model, tmp_path / "cache.json") as handle:
+        for step in range(8):
+            model(**tiny.make_inputs(1, sigma=0.95 - 0.1 * step))
+        handle.reset()
+        computed, reused = handle.state.last
+    assert computed + reused == 8 and reused > 0
+
+
 @pytest.mark.parametrize("kind", KINDS)
 def test_a_file_gives_back_what_was_found(kind, found, tmp_path):
     file = tmp_path / "deep" / "cache.json"
@@ -492,10 +505,7 @@ def test_the_same_model_in_fewer_bits_is_the_same_model(kind, dtype, found):
 def folder(tmp_path_factory):
     folder = tmp_path_factory.mktemp("checkpoint")
     save_pipeline(folder)
-    model = load_pipeline(str(folder / "model"), None, torch.float32).transformer
-    torch.manual_seed(2)
-    router = shiva_ext.selection.ShivaRouter(**adapter_for(model).dims(model), hidden=16).eval().requires_grad_(False)
-    shiva_ext.ShivaArtifact("SD3Transformer2DModel", router, RatioTable.fixed(0.6, 3)).save(folder / "artefact")
+    save_artifact(folder)
     (folder / "prompts.txt").write_text("a shirt\na shoe\n")
     return folder
 

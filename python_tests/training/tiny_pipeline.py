@@ -9,6 +9,10 @@ from diffusers import AutoencoderKL, FlowMatchEulerDiscreteScheduler, SD3Transfo
 from PIL import Image
 from transformers import CLIPTextConfig, CLIPTextModelWithProjection, CLIPTokenizer
 
+import shiva_ext
+from shiva_ext.models import adapter_for
+from shiva_ext.selection import RatioTable, ShivaRouter
+
 SIDE = 16
 
 
@@ -63,3 +67,14 @@ def save_images(folder: Path, count: int = 6) -> Path:
         Image.fromarray(pixels.numpy()).save(folder / f"{i}.png")
         (folder / f"{i}.txt").write_text(f"picture {string.ascii_lowercase[i]}")
     return folder
+
+
+def save_artifact(folder: Path) -> Path:
+    """A selection with a random router for the pipeline that :func:`save_pipeline` has put into a folder."""
+    transformer = SD3Transformer2DModel.from_pretrained(folder / "model" / "transformer")
+    torch.manual_seed(2)
+    dims = adapter_for(transformer).dims(transformer)
+    router = ShivaRouter(**dims, hidden=16).eval().requires_grad_(False)
+    table = RatioTable.fixed(0.6, dims["num_layers"])
+    shiva_ext.ShivaArtifact("SD3Transformer2DModel", router, table).save(folder / "artefact")
+    return folder / "artefact"
