@@ -79,30 +79,32 @@ static Tensor as_index(const char* op, const char* name, const Tensor& index, in
       index.scalar_type() == ScalarType::Long ? index : torch::stable::to(index, ScalarType::Long));
 }
 
-// The values of a contiguous int64 tensor [rows, k] on the CPU lie in [0, n).
-static void check_index_range(const char* op, const char* name, const Tensor& index, int64_t n) {
+// The values of a contiguous int64 tensor [rows, k] on the CPU lie in [lowest, n).
+static void check_index_range(const char* op, const char* name, const Tensor& index, int64_t lowest, int64_t n) {
   const int64_t* values = data<int64_t>(index);
   const int64_t count = index.numel();
-  // An unsigned comparison catches negative values too; the sum has no branch, so the loop vectorises.
+  // An unsigned comparison catches values below too; the sum has no branch, so the loop vectorises.
   int64_t outside = 0;
-  for (int64_t i = 0; i < count; ++i) outside += static_cast<uint64_t>(values[i]) >= static_cast<uint64_t>(n);
+  const uint64_t first = static_cast<uint64_t>(lowest), width = static_cast<uint64_t>(n - lowest);
+  for (int64_t i = 0; i < count; ++i) outside += static_cast<uint64_t>(values[i]) - first >= width;
   for (int64_t i = 0; outside != 0 && i < count; ++i)
     SHIVA_CHECK(
-        values[i] >= 0 && values[i] < n, op, name, " must lie in [0, ", n, "), got ", values[i], " in row ",
-        i / index.size(1), ", column ", i % index.size(1));
+        values[i] >= lowest && values[i] < n, op, name, " must lie in [", lowest, ", ", n, "), got ", values[i],
+        " in row ", i / index.size(1), ", column ", i % index.size(1));
 }
 
-Tensor checked_index(const char* op, const char* name, const Tensor& index, int64_t rows, int64_t n, Place place) {
+Tensor checked_index(
+    const char* op, const char* name, const Tensor& index, int64_t rows, int64_t n, Place place, int64_t lowest) {
   check_dim(op, name, index, 2, place);
   const Tensor result = as_index(op, name, index, rows);
   SHIVA_CHECK(
-      n > 0 || result.numel() == 0, op, name, " must be empty where there are no tokens, got ", shape_of(index));
+      n > lowest || result.numel() == 0, op, name, " must be empty where there are no tokens, got ", shape_of(index));
   const char* wanted = std::getenv("SHIVA_CHECK_INDICES");
   if (place == Place::Cpu)
-    check_index_range(op, name, result, n);
+    check_index_range(op, name, result, lowest, n);
   else if (wanted != nullptr && wanted[0] == '1')
     check_index_range(
-        op, name, torch::stable::to(result, torch::stable::Device(torch::headeronly::DeviceType::CPU)), n);
+        op, name, torch::stable::to(result, torch::stable::Device(torch::headeronly::DeviceType::CPU)), lowest, n);
   return result;
 }
 

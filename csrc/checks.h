@@ -34,8 +34,9 @@ void check_dim(const char* op, const char* name, const Tensor& t, int64_t dim, P
 void check_shape(const char* op, const char* name, const Tensor& t, const std::vector<int64_t>& sizes, Place place);
 void check_same_dtype(const char* op, const char* name, const Tensor& t, const char* other_name, const Tensor& other);
 // Index as contiguous int64 [rows, k]; raises unless it is int64 or int32 and has that many rows. That its values lie
-// in [0, n) is always checked on the CPU; on a GPU under SHIVA_CHECK_INDICES=1 only, as it waits for the device.
-Tensor checked_index(const char* op, const char* name, const Tensor& index, int64_t rows, int64_t n, Place place);
+// in [lowest, n) is always checked on the CPU; on a GPU under SHIVA_CHECK_INDICES=1 only, as it waits for the device.
+Tensor checked_index(
+    const char* op, const char* name, const Tensor& index, int64_t rows, int64_t n, Place place, int64_t lowest = 0);
 
 // float32, or float64 for float64 tensors.
 ScalarType accumulate_type(const Tensor& x);

@@ -201,6 +201,61 @@ Scores check_facility_location(const char* op, const Tensor& similarity, int64_t
   return {dtype, B, n};
 }
 
+static void check_few_enough(const char* op, const char* name, int64_t count) {
+  SHIVA_CHECK(
+      count < std::numeric_limits<int32_t>::max(), op, name, " make ", count, " rows; at most 2^31 - 2 are supported");
+}
+
+Routed check_expert_dispatch(
+    const char* op, const Tensor& x, const Tensor& experts, int64_t num_experts, int64_t capacity, Place place) {
+  constexpr int64_t kMostExperts = 1024;
+  check_dim(op, "x", x, 2, place);
+  const Dtype dtype = floating_dtype(op, "x", x);
+  SHIVA_CHECK(
+      num_experts >= 1 && num_experts <= kMostExperts, op, "num_experts must lie in [1, ", kMostExperts, "], got ",
+      num_experts);
+  SHIVA_CHECK(capacity >= 0, op, "capacity must not be negative, got ", capacity);
+  const int64_t T = x.size(0), D = x.size(1);
+  const Tensor index = checked_index(op, "experts", experts, T, num_experts, place);
+  const int64_t K = experts.size(1);
+  check_few_enough(op, "experts", T * K);
+  check_few_enough(op, "num_experts and capacity", capacity > 0 ? num_experts * capacity : 0);
+  const int64_t R = capacity > 0 ? num_experts * capacity : T * K;
+  return {dtype, T, K, D, R, D * static_cast<int64_t>(x.element_size()), index, index};
+}
+
+// Of rows [R, D] (called `name`) and place [T, K] into them.
+static Routed check_placed(const char* op, const char* name, const Tensor& rows, const Tensor& place, Place where) {
+  check_dim(op, name, rows, 2, where);
+  const Dtype dtype = floating_dtype(op, name, rows);
+  check_dim(op, "place", place, 2, where);
+  const int64_t R = rows.size(0), D = rows.size(1), T = place.size(0), K = place.size(1);
+  check_few_enough(op, "rows", R);
+  check_few_enough(op, "place", T * K);
+  const Tensor index = checked_index(op, "place", place, T, R, where, -1);
+  return {dtype, T, K, D, R, D * static_cast<int64_t>(rows.element_size()), index, index};
+}
+
+Routed check_expert_dispatch_backward(const char* op, const Tensor& grad, const Tensor& place, Place where) {
+  return check_placed(op, "grad", grad, place, where);
+}
+
+Routed check_expert_combine(
+    const char* op, const Tensor& rows, const Tensor& place, const Tensor& weight, Place where) {
+  Routed routed = check_placed(op, "rows", rows, place, where);
+  check_shape(op, "weight", weight, {routed.T, routed.K}, where);
+  routed.weight = as_accumulate(op, "weight", weight, rows);
+  return routed;
+}
+
+Routed check_expert_combine_backward(
+    const char* op, const Tensor& grad, const Tensor& rows, const Tensor& place, const Tensor& weight, Place where) {
+  const Routed routed = check_expert_combine(op, rows, place, weight, where);
+  check_shape(op, "grad", grad, {routed.T, routed.D}, where);
+  check_same_dtype(op, "grad", grad, "rows", rows);
+  return routed;
+}
+
 RouterArguments check_router_score(
     const char* op, const Tensor& x, const Tensor& context, const Tensor& w_in, const Tensor& ln_weight,
     const Tensor& ln_bias, const Tensor& w_out, double eps, Place place) {

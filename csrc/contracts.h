@@ -28,6 +28,16 @@ struct RouterArguments {
   Tensor ln_weight, ln_bias, w_out;  // [H]
 };
 
+// Of rows sorted by expert, and where each token's choices stand among them.
+struct Routed {
+  Dtype dtype;
+  int64_t T, K, D;
+  int64_t R;  // rows
+  int64_t row_bytes;
+  Tensor index;   // int64 [T, K], contiguous: expert_dispatch's experts, the others' place
+  Tensor weight;  // expert_combine: [T, K], contiguous, in the accumulation dtype
+};
+
 Scores check_topk_select(const char* op, const Tensor& scores, int64_t k, Place place);
 
 Scores check_soft_rank(const char* op, const Tensor& scores, double tau, Place place);
@@ -72,6 +82,16 @@ Tokens check_scatter_mean_backward(const char* op, const Tensor& grad, const Ten
 
 // N is n.
 Scores check_facility_location(const char* op, const Tensor& similarity, int64_t count, Place place);
+
+// capacity 0 for none. Raises where a place or a row's number would not fit in 31 bits.
+Routed check_expert_dispatch(
+    const char* op, const Tensor& x, const Tensor& experts, int64_t num_experts, int64_t capacity, Place place);
+// grad [R, D].
+Routed check_expert_dispatch_backward(const char* op, const Tensor& grad, const Tensor& place, Place where);
+Routed check_expert_combine(
+    const char* op, const Tensor& rows, const Tensor& place, const Tensor& weight, Place where);
+Routed check_expert_combine_backward(
+    const char* op, const Tensor& grad, const Tensor& rows, const Tensor& place, const Tensor& weight, Place where);
 
 RouterArguments check_router_score(
     const char* op, const Tensor& x, const Tensor& context, const Tensor& w_in, const Tensor& ln_weight,

@@ -1,4 +1,5 @@
-// Every op's schema. Shapes: B batch rows, N tokens, D channels, k kept tokens, H router width.
+// Every op's schema. Shapes: B batch rows, N tokens, D channels, k kept tokens, H router width; for experts T tokens of
+// all batch rows, K experts a token, E experts, R rows.
 // Semantics: shiva_ext/reference.py. Autograd, fake kernels and autocast: shiva_ext/_registrations.py.
 #pragma once
 
@@ -71,6 +72,20 @@ inline void define_ops(torch::stable::detail::StableLibrary& m) {
 
   // Greedy facility location: the `count` columns of similarity [B, n, n] that cover its rows best, int64, ascending.
   m.def("facility_location(Tensor similarity, SymInt count) -> Tensor");
+
+  // A copy of token t of x [T, D] for each of its choices experts [T, K], sorted by expert: rows, int64 place [T, K] of
+  // each choice's row, int32 ends [E] as grouped GEMMs want them. capacity > 0: that many rows an expert, -1 for a
+  // choice beyond; 0: as many as there are.
+  m.def(
+      "expert_dispatch(Tensor x, Tensor experts, SymInt num_experts, SymInt capacity=0) "
+      "-> (Tensor rows, Tensor place, Tensor ends)");
+  m.def("expert_dispatch_backward(Tensor grad, Tensor place) -> Tensor");
+
+  // sum over j of weight[t, j] * rows[place[t, j]], of nothing where place is -1.
+  m.def("expert_combine(Tensor rows, Tensor place, Tensor weight) -> Tensor");
+  m.def(
+      "expert_combine_backward(Tensor grad, Tensor rows, Tensor place, Tensor weight) "
+      "-> (Tensor grad_rows, Tensor grad_weight)");
 }
 
 }  // namespace shiva

@@ -270,6 +270,32 @@ def test_facility_location_of_no_tokens_is_empty():
     assert reference.facility_location(torch.zeros(2, 0, 0), 0).shape == (2, 0)
 
 
+@pytest.mark.parametrize("capacity", [0, 1, 3, 9])
+def test_expert_dispatch_and_combine_are_loops(capacity):
+    T, K, E, D = 11, 3, 4, 5
+    x, weight = randn(T, D), randn(T, K, seed=1)
+    experts = torch.randint(E, (T, K), generator=torch.Generator().manual_seed(2))
+    lists = [[] for _ in range(E)]
+    for t in range(T):
+        for j in range(K):
+            lists[experts[t, j]].append((t, j))
+    rows, place, ends = reference.expert_dispatch(x, experts.int(), E, capacity)
+    assert ends.dtype == torch.int32 and place.dtype == torch.int64
+    assert ends.tolist() == [sum(map(len, lists[: e + 1])) for e in range(E)]
+    wanted = torch.zeros(E * capacity if capacity else T * K, D, dtype=x.dtype)
+    where, combined, start = torch.full((T, K), -1), torch.zeros(T, D, dtype=x.dtype), 0
+    for e, choices in enumerate(lists):
+        kept = choices[:capacity] if capacity else choices
+        for slot, (t, j) in enumerate(kept):
+            row = e * capacity + slot if capacity else start + slot
+            wanted[row], where[t, j] = x[t], row
+            combined[t] += weight[t, j] * x[t]
+        start += len(choices)
+    assert torch.equal(rows, wanted) and torch.equal(place, where)
+    torch.testing.assert_close(reference.expert_combine(rows, place, weight), combined)
+    assert reference.expert_combine(rows.half(), place.int(), weight.float()).dtype == torch.float16
+
+
 @pytest.mark.parametrize(
     ("name", "arguments"),
     [

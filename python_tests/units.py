@@ -2,17 +2,18 @@
 
 In units of the arithmetic's epsilon and of the largest number of a row. Both sum in float32 (float64 for float64), each
 in its own order; a half precision adds one rounding of the result on each side. router_score is held to the epsilon of
-its inputs, as the CPU may round the hidden units of half precisions; its gradients sum over all tokens.
+its inputs, as the CPU may round the hidden units of half precisions; its gradients sum over all tokens. A row of
+expert_combine's weights' gradient is a token's few choices, each a sum over all channels, of which none may be large.
 """
 
 import torch
 
-UNITS, ROUTER_UNITS = 16, 128
+UNITS, EXPERT_UNITS, ROUTER_UNITS = 16, 64, 128
 
 
 def most_units(op: str) -> int:
     """The stated bound of an op."""
-    return ROUTER_UNITS if op == "router_score" else UNITS
+    return {"router_score": ROUTER_UNITS, "expert_combine": EXPERT_UNITS}.get(op, UNITS)
 
 
 def units_apart(got: torch.Tensor, wanted: torch.Tensor, eps: float) -> float:

@@ -389,3 +389,66 @@ def _(similarity, count):
     torch._check(count >= 0)
     torch._check(count <= similarity.shape[1])
     return similarity.new_empty((similarity.shape[0], count), dtype=torch.int64)
+
+
+# expert_dispatch
+
+
+def _placed(op: str, rows: Tensor, place: Tensor) -> None:
+    for name, tensor in (("rows", rows), ("place", place)):
+        _check(tensor.dim() == 2, op, f"{name} must have 2 dimensions, got shape {list(tensor.shape)}")
+
+
+@register_fake("shiva::expert_dispatch")
+def _(x, experts, num_experts, capacity=0):
+    _placed("expert_dispatch", x, experts)
+    torch._check(num_experts >= 1)
+    torch._check(capacity >= 0)
+    T, K = experts.shape
+    R = num_experts * capacity if capacity else T * K
+    place = experts.new_empty((T, K), dtype=torch.int64)
+    return x.new_empty((R, x.shape[1])), place, experts.new_empty((num_experts,), dtype=torch.int32)
+
+
+@register_fake("shiva::expert_dispatch_backward")
+def _(grad, place):
+    return grad.new_empty((place.shape[0], grad.shape[1]))
+
+
+def _expert_dispatch_setup(ctx, inputs, output):
+    ctx.save_for_backward(output[1])
+
+
+def _expert_dispatch_backward(ctx, grad, *_):
+    return _ops.expert_dispatch_backward(grad, ctx.saved_tensors[0]), None, None, None
+
+
+register_autograd("shiva::expert_dispatch", _expert_dispatch_backward, setup_context=_expert_dispatch_setup)
+
+
+# expert_combine
+
+
+@register_fake("shiva::expert_combine")
+def _(rows, place, weight):
+    _placed("expert_combine", rows, place)
+    return rows.new_empty((place.shape[0], rows.shape[1]))
+
+
+@register_fake("shiva::expert_combine_backward")
+def _(grad, rows, place, weight):
+    return rows.new_empty(rows.shape), weight.new_empty(place.shape, dtype=_acc(rows))
+
+
+def _expert_combine_setup(ctx, inputs, output):
+    ctx.save_for_backward(*inputs)
+
+
+def _expert_combine_backward(ctx, grad):
+    rows, place, weight = ctx.saved_tensors
+    grad_rows, grad_weight = _ops.expert_combine_backward(grad, rows, place, weight)
+    return grad_rows, None, _cast(grad_weight, weight.dtype)
+
+
+register_autograd("shiva::expert_combine", _expert_combine_backward, setup_context=_expert_combine_setup)
+_register_autocast("expert_combine", lambda _, rows, place, weight: (rows, place, _cast(weight, _acc(rows))))

@@ -1,6 +1,7 @@
 """Typed wrappers of ``torch.ops.shiva``; :mod:`shiva_ext.reference` says in plain PyTorch what each computes.
 
-Shapes: B batch rows, N tokens, D channels, k kept tokens, H router width. Floating arguments may be float32, bfloat16,
+Shapes: B batch rows, N tokens, D channels, k kept tokens, H router width; for experts T tokens of the whole batch, K
+experts a token, E experts, R rows. Floating arguments may be float32, bfloat16,
 float16 or float64; sums are taken in float32 (float64 for float64). Indices are int64 or int32, unique in a row; on the
 CPU their range is checked. All ops repeat bit for bit for any number of threads; router_score in half precision only
 as far as torch's matmul does. Wrong arguments raise RuntimeError (or ValueError where a wrapper looks at values) naming
@@ -207,3 +208,41 @@ def facility_location(similarity: Tensor, count: int) -> Tensor:
         int64 [B,count], ascending.
     """
     return _ops.facility_location(similarity, count)
+
+
+def expert_dispatch(
+    x: Tensor, experts: Tensor, num_experts: int, capacity: int | None = None
+) -> tuple[Tensor, Tensor, Tensor]:
+    """A copy of every token for each expert that it goes to, sorted by expert; within one, by token, then choice.
+
+    Args:
+        x: [T,D].
+        experts: [T,K], in [0, num_experts), the choices of each token; here values may repeat.
+        num_experts: E, from 1 to 1,024.
+        capacity: rows of each expert; its later choices are dropped, its spare rows are zero. None: as many as there
+            are, and no choice is dropped.
+
+    Returns:
+        rows [R,D]: R = T K, or E times capacity.
+        place int64 [T,K]: the row of each choice, as :func:`expert_combine` takes it; -1 for a dropped one.
+        ends int32 [E]: how many choices go to the experts up to this one, dropped ones too. Without a capacity the end
+        of each expert's rows, as ``torch.nn.functional.grouped_mm`` takes it.
+    """
+    if capacity is not None and capacity < 1:
+        raise ValueError(f"expert_dispatch: capacity must be at least 1, or None for no limit, got {capacity}")
+    return _ops.expert_dispatch(x, experts, num_experts, capacity or 0)
+
+
+def expert_combine(rows: Tensor, place: Tensor, weight: Tensor) -> Tensor:
+    """Each token's weighted sum of its rows, in the order of its choices: the way back from :func:`expert_dispatch`.
+
+    Args:
+        rows: [R,D].
+        place: [T,K], the row of each choice, or -1 for one that adds nothing. No row twice: the CPU's backward refuses
+            it.
+        weight: [T,K], in the dtype of rows or the one that sums are taken in.
+
+    Returns:
+        [T,D].
+    """
+    return _ops.expert_combine(rows, place, weight)

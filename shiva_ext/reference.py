@@ -3,7 +3,8 @@
 Names and arguments are those of the native ops, so either module can stand in for the other. Here clarity wins over
 speed and memory: :func:`soft_rank` builds the N x N matrix that the native kernel avoids. Arguments are not checked.
 
-Letters in the shapes: B rows of the batch, N tokens, D channels, k kept tokens, H the router's hidden width.
+Letters in the shapes: B rows of the batch, N tokens, D channels, k kept tokens, H the router's hidden width. For
+experts: T tokens of the whole batch, K experts a token, E experts, R rows.
 
 dtypes: float32, bfloat16, float16 and float64. Half precisions are computed in float32 and cast back once, float64
 stays float64. Indices are int64 or int32, in range and unique within a row.
@@ -21,6 +22,8 @@ from torch.autograd.function import once_differentiable
 __all__ = [
     "counterfactual_scatter",
     "counterfactual_scatter_backward",
+    "expert_combine",
+    "expert_dispatch",
     "facility_location",
     "gather_modulate",
     "residual_gate",
@@ -373,3 +376,47 @@ def facility_location(similarity: Tensor, count: int) -> Tensor:
         taken = taken.scatter(1, best, True)
         covered = torch.maximum(covered, S.gather(2, best[:, None].expand(-1, S.shape[1], -1)))
     return torch.cat(chosen, dim=1).sort(dim=1).values
+
+
+def expert_dispatch(x: Tensor, experts: Tensor, num_experts: int, capacity: int = 0) -> tuple[Tensor, Tensor, Tensor]:
+    """A copy of every token for each expert that it goes to, sorted by expert; within one, by token, then choice.
+
+    Args:
+        x: [T,D].
+        experts: [T,K], in [0, num_experts), the choices of each token; two may be the same.
+        num_experts: E, from 1 to 1,024.
+        capacity: rows of each expert; its later choices are dropped, its spare rows zero. 0: as many as there are.
+
+    Returns:
+        rows [R,D]: R = T K, or E times capacity.
+        place int64 [T,K]: the row of each choice; -1 for a dropped one.
+        ends int32 [E]: how many choices go to the experts up to this one, dropped ones too. Without a capacity the end
+        of each expert's rows, as ``torch.nn.functional.grouped_mm`` takes it.
+    """
+    K = experts.shape[1]
+    expert = experts.reshape(-1).long()
+    order = expert.argsort(stable=True)
+    ends = torch.bincount(expert, minlength=num_experts).cumsum(0)
+    rank = torch.empty_like(order).scatter(0, order, torch.arange(len(order), device=order.device))
+    slot = rank - F.pad(ends, (1, -1))[expert]
+    place = torch.where(slot < capacity, expert * capacity + slot, -1) if capacity else rank
+    kept = place >= 0
+    rows = x.new_zeros(num_experts * capacity if capacity else len(order), x.shape[1])
+    rows = rows.index_put((place[kept],), x.repeat_interleave(K, dim=0)[kept])
+    return rows, place.view(experts.shape), ends.int()
+
+
+def expert_combine(rows: Tensor, place: Tensor, weight: Tensor) -> Tensor:
+    """Each token's weighted sum of its rows: what undoes :func:`expert_dispatch`.
+
+    Args:
+        rows: [R,D].
+        place: [T,K], the row of each choice, or -1 for one that adds nothing; no row twice.
+        weight: [T,K], in the dtype of rows or the accumulation dtype.
+
+    Returns:
+        [T,D] in the dtype of rows.
+    """
+    padded = F.pad(_wide(rows), (0, 0, 0, 1))  # a row of zeros, which -1 takes
+    each = weight.to(padded.dtype).unsqueeze(-1) * padded[place.long()]
+    return torch.where(place.unsqueeze(-1) >= 0, each, 0).sum(dim=1).to(rows.dtype)

@@ -19,8 +19,11 @@ def test_the_grid_crosses_selection_cache_and_steps():
             for steps in (25, 12, 6, 4):
                 assert (source, cache, steps) in crossed
     alone = {row.group for row in rows if compose.is_single(row.group)}
-    assert alone == {"dense", "Shiva", "TeaCache", "SmoothCache", "FirstBlockCache", "FORA", "fewer steps"}
+    caches = {"TeaCache", "SmoothCache", "FirstBlockCache", "FORA"}
+    assert alone == {"dense", "dense fine-tuned", "Shiva", "learned guidance", "fewer steps", *caches}
     assert [row.name for row in rows if row.group == "dense"] == ["dense"]
+    assert all((row.guidance == 1) == ("guidance learned" in row.name) for row in rows)
+    assert {row.source for row in compose.cells("emoji")} == {"", "emoji60"}
 
 
 def cell(name, method, speed_up, fid, error=0.01):

@@ -1,7 +1,7 @@
 """What the tests of this folder share: an op's case whose tensors stay where they are, and inputs on the GPU."""
 
 import torch
-from ops.cases import OPS, Maker, Size, native, tuple_of
+from ops.cases import OPS, Maker, Size, floating, native, tuple_of
 from torch import Tensor
 
 import shiva_ext.ops  # noqa: F401  (defines the ops)
@@ -47,5 +47,5 @@ class Case:
         """The outputs, and the gradients of the op's leaves."""
         arguments, leaves = self.op.split(self.arguments)
         outputs = tuple_of(native(self.op)(*arguments.values()))
-        gradients = torch.autograd.grad(outputs, leaves, self.gradients) if leaves else ()
+        gradients = torch.autograd.grad(floating(outputs), leaves, self.gradients) if leaves else ()
         return [*(out.detach() for out in outputs), *gradients]

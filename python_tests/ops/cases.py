@@ -15,6 +15,8 @@ LAYOUTS = ("contiguous", "transposed", "sliced", "expanded")
 SEEDS = (0, 1)
 # Exact in binary, so that their rounding plays no part. At this temperature some pairs of every longer row saturate.
 TAU, KAPPA, EPS = 0.0625, 0.375, 2.0**-20
+# Experts a token, experts in all, rows of no choice.
+CHOICES, EXPERTS, SPARE = 3, 5, 2
 
 
 @dataclass(frozen=True)
@@ -147,6 +149,38 @@ class Maker:
     def num_groups(self) -> int:
         return max(self.k, 1)  # tokens must be in one
 
+    # For experts all tokens of the batch are one list.
+
+    @property
+    def tokens_in_all(self) -> int:
+        return self.B * self.N
+
+    def list_of_tokens(self) -> Tensor:
+        return self._shared(self._values((self.tokens_in_all, self.D), self.content).to(self.dtype))
+
+    def experts(self) -> Tensor:
+        """[T,CHOICES], each below EXPERTS; the last expert is hardly wanted, none of the first two if T is small."""
+        chance = torch.rand((self.tokens_in_all, CHOICES), generator=self.generator)
+        return self._shared((chance.sqrt() * (EXPERTS - 0.5)).long().to(self.index_dtype))
+
+    def place(self) -> Tensor:
+        """[T,CHOICES], rows of :meth:`expert_rows`, none twice, some -1."""
+        shape = (self.tokens_in_all, CHOICES)
+        row = torch.randperm(self.num_rows, generator=self.generator)[: self.num_rows - SPARE].view(shape)
+        dropped = torch.rand(shape, generator=self.generator) < 0.2
+        return self._shared(row.masked_fill(dropped, -1).to(self.index_dtype))
+
+    @property
+    def num_rows(self) -> int:
+        return self.tokens_in_all * CHOICES + SPARE
+
+    def expert_rows(self) -> Tensor:
+        return self._shared(self._values((self.num_rows, self.D), self.content).to(self.dtype))
+
+    def expert_weight(self) -> Tensor:
+        values = self._values((self.tokens_in_all, CHOICES), "random").sigmoid()
+        return self._shared(values.to(wide(self.dtype)))
+
     def inclusion(self) -> Tensor:
         return self._batch(lambda B: self._values((B, self.N), "random").sigmoid().to(wide(self.dtype)))
 
@@ -155,7 +189,14 @@ class Maker:
         return self.floats(self.D, content="random" if self.content == "inf" else None)
 
     def gradients(self, outputs: tuple[Tensor, ...], content: str) -> list[Tensor]:
-        return [self.floats(*out.shape[1:], content=content, dtype=out.dtype) for out in outputs]
+        """One for each output that has a gradient; all rows of the batch share one without a batch."""
+
+        def like(out: Tensor) -> Tensor:
+            if len(out) == self.B:
+                return self.floats(*out.shape[1:], content=content, dtype=out.dtype)
+            return self._shared(self._values(tuple(out.shape), content).to(out.dtype))
+
+        return [like(out) for out in outputs if out.is_floating_point()]
 
 
 @dataclass(frozen=True)
@@ -292,6 +333,31 @@ OPS = {
         leaves=("x",),
         terms=lambda size: size.N,
     ),
+    "expert_dispatch": Op(
+        "expert_dispatch",
+        lambda m: {"x": m.list_of_tokens(), "experts": m.experts(), "num_experts": EXPERTS},
+        leaves=("x",),
+        copies=True,
+        terms=lambda size: CHOICES,
+    ),
+    "expert_dispatch with a capacity": Op(
+        "expert_dispatch",
+        lambda m: {
+            "x": m.list_of_tokens(),
+            "experts": m.experts(),
+            "num_experts": EXPERTS,
+            "capacity": max(1, m.tokens_in_all * CHOICES // EXPERTS - 1),
+        },
+        leaves=("x",),
+        copies=True,
+        terms=lambda size: CHOICES,
+    ),
+    "expert_combine": Op(
+        "expert_combine",
+        lambda m: {"rows": m.expert_rows(), "place": m.place(), "weight": m.expert_weight()},
+        leaves=("rows", "weight"),
+        terms=lambda size: size.D + CHOICES,
+    ),
     "facility_location": Op(
         "facility_location", lambda m: {"similarity": m.floats(m.N, m.N), "count": m.k if m.N < 100 else min(m.k, 3)}
     ),
@@ -302,6 +368,11 @@ INDEXED = [key for key, op in DIFFERENTIABLE.items() if op.name not in ("soft_ra
 
 def tuple_of(result: Any) -> tuple[Tensor, ...]:
     return result if isinstance(result, tuple) else tuple(result) if isinstance(result, list) else (result,)
+
+
+def floating(outputs: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
+    """Those that have a gradient."""
+    return tuple(out for out in outputs if out.is_floating_point())
 
 
 def native(op: Op) -> Callable:
@@ -316,4 +387,4 @@ def forward_backward(function: Callable, op: Op, maker: Maker) -> tuple[tuple[Te
     if not leaves:
         return outputs, ()
     content = maker.content if op.gradient_content == "same" else "random"
-    return outputs, torch.autograd.grad(outputs, leaves, maker.gradients(outputs, content))
+    return outputs, torch.autograd.grad(floating(outputs), leaves, maker.gradients(outputs, content))

@@ -10,9 +10,9 @@ from torch import Tensor
 import shiva_ext
 from shiva_ext import reference
 
-from .cases import EPS, OPS, SEEDS, SIZES, TAU, Maker, Op, Size, forward_backward, native, tuple_of, wide
+from .cases import EPS, OPS, SEEDS, SIZES, TAU, Maker, Op, Size, floating, forward_backward, native, tuple_of, wide
 from .device import CPU, host
-from .tolerance import Target, layer_norm_floor, pair_floor, targets
+from .tolerance import Target, combine_floor, layer_norm_floor, pair_floor, targets
 
 
 def bits(t: Any) -> Any:
@@ -31,8 +31,8 @@ def _targets(op: Op, maker: Maker, backward: bool) -> list[Target]:
     """What the op must give for the case, from the reference: the outputs, or the gradients of the leaves."""
     function = getattr(reference, op.name)
     arguments = op.arguments(maker)
-    floating = [name for name, a in arguments.items() if torch.is_tensor(a) and a.is_floating_point()]
-    inputs = [arguments[name].double() for name in floating]
+    names = [name for name, a in arguments.items() if torch.is_tensor(a) and a.is_floating_point()]
+    inputs = [arguments[name].double() for name in names]
     plain = tuple_of(function(*arguments.values()))
     if backward:
         content = maker.content if op.gradient_content == "same" else "random"
@@ -44,11 +44,11 @@ def _targets(op: Op, maker: Maker, backward: bool) -> list[Target]:
         dtypes = [out.dtype for out in plain]
 
     def exact(values: list[Tensor]) -> list[Tensor]:
-        ready, leaves = op.split(arguments | dict(zip(floating, values, strict=False)))
+        ready, leaves = op.split(arguments | dict(zip(names, values, strict=False)))
         outputs = tuple_of(function(*ready.values()))
         if not backward:
             return [out.detach() for out in outputs]
-        return list(torch.autograd.grad(outputs, leaves, values[len(floating) :]))
+        return list(torch.autograd.grad(floating(outputs), leaves, values[len(names) :]))
 
     if op.copies_gradient if backward else op.copies or not op.leaves:
         return [Target(value, None, dtype) for value, dtype in zip(exact(inputs), dtypes, strict=True)]
@@ -63,6 +63,9 @@ def _targets(op: Op, maker: Maker, backward: bool) -> list[Target]:
         slope = slope * (1 + arguments["scale"].double().unsqueeze(1))
         row_floor = layer_norm_floor(slope, reference.token_gather(x, index), EPS, arithmetic_eps)
         floors[0] = reference.token_scatter(torch.zeros_like(x[..., :1]), index, row_floor)
+    if op.name == "expert_combine" and not backward:
+        rows, place, weight = (arguments[name] for name in ("rows", "place", "weight"))
+        floors[0] = combine_floor(rows.double(), place, weight.double(), arithmetic_eps)
     return targets(exact, inputs, dtypes, eps, arithmetic_eps, op.terms(maker.size), floors)
 
 

@@ -5,7 +5,7 @@ import torch
 
 from shiva_ext import ops
 
-from .cases import EPS, KAPPA, TAU, TYPICAL, Maker
+from .cases import EPS, EXPERTS, KAPPA, TAU, TYPICAL, Maker
 from .device import DEVICE
 from .matrix import same_bits
 
@@ -123,4 +123,13 @@ def test_gathering_and_merging_keep_the_dtype():
     x, kept, inclusion = m.tokens(), m.index(), m.inclusion()
     assert ops.token_gather(x, kept).dtype == F32
     assert ops.scatter_mean(x, m.groups(), m.num_groups).dtype == F32
+    assert ops.expert_dispatch(m.list_of_tokens(), m.experts(), EXPERTS)[0].dtype == F32
     assert all(out.dtype == BF16 for out in ops.residual_gate(x.to(BF16), inclusion, kept))
+
+
+@pytest.mark.parametrize(("rows", "weight"), [(BF16, F32), (F32, BF16), (BF16, BF16)], ids=str)
+def test_expert_combine_weighs_in_the_dtype_of_its_sums(rows, weight):
+    m = Maker(TYPICAL, F32)
+    arguments = m.expert_rows().to(rows), m.place(), m.expert_weight().to(weight)
+    expected = outside(ops.expert_combine, *arguments[:2], arguments[2].float())
+    assert expected.dtype == rows and same_bits(ops.expert_combine(*arguments), expected)

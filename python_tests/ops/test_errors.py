@@ -24,8 +24,10 @@ TENSORS = {
     "scatter_residual": ("base", "index", "update", "gate"),
     "scatter_mean": ("x", "position"),
     "facility_location": ("similarity",),
+    "expert_dispatch": ("x", "experts"),
+    "expert_combine": ("rows", "place", "weight"),
 }
-INDICES = ("index", "kept", "position")
+INDICES = ("index", "kept", "position", "experts", "place")
 ARGUMENTS = [(op, name) for op, names in TENSORS.items() for name in names]
 FLOATING = [(op, name) for op, name in ARGUMENTS if name not in INDICES]
 INDEXES = [(op, name) for op, name in ARGUMENTS if name in INDICES]
@@ -48,6 +50,8 @@ MISMATCHES = [
     *[("scatter_residual", "gate", d) for d in (0, 1)],
     *[("scatter_mean", "position", d) for d in (0, 1)],
     *[("facility_location", "similarity", d) for d in (1, 2)],
+    ("expert_dispatch", "experts", 0),
+    *[("expert_combine", name, d) for name in ("place", "weight") for d in (0, 1)],
 ]
 # op, argument: it must have the dtype of the op's first tensor. (The router's small vectors may be float32 instead.)
 SAME_DTYPE = [
@@ -127,15 +131,59 @@ def test_an_index_of_another_dtype_is_refused(op, name, dtype, api):
 @both
 @pytest.mark.parametrize("index_dtype", [torch.int64, torch.int32], ids=str)
 @pytest.mark.parametrize("bad", [-1, TYPICAL.N, 2**31 - 1])
-@pytest.mark.parametrize(("op", "name"), INDEXES)
+@pytest.mark.parametrize(("op", "name"), [case for case in INDEXES if case[1] != "place"])
 def test_an_index_out_of_range_is_refused(op, name, bad, index_dtype, api):
     arguments = arguments_of(op)
     arguments[name] = arguments[name].to(index_dtype)
     arguments[name][-1, -1] = bad
-    assert_refused(api, op, arguments, (name,), str(bad), str(arguments.get("num_groups", TYPICAL.N)))
+    end = arguments.get("num_groups") or arguments.get("num_experts") or TYPICAL.N
+    assert_refused(api, op, arguments, (name,), str(bad), str(end))
 
 
-@pytest.mark.parametrize(("op", "name"), [case for case in INDEXES if case[1] != "position"])
+@both
+@pytest.mark.parametrize("index_dtype", [torch.int64, torch.int32], ids=str)
+@pytest.mark.parametrize("past", [None, 0, 7])
+def test_a_place_out_of_range_is_refused(past, index_dtype, api):
+    arguments = arguments_of("expert_combine")
+    R = len(arguments["rows"])
+    bad = -2 if past is None else R + past
+    arguments["place"] = arguments["place"].to(index_dtype)
+    arguments["place"][2, 1] = bad
+    assert_refused(api, "expert_combine", arguments, ("place",), rf"\[-1, {R}\), got {bad} in row 2, column 1")
+
+
+def test_places_of_no_rows_are_all_minus_one():
+    weight = ones(2, 3)
+    none = place(torch.full((2, 3), -1))
+    assert not torch.ops.shiva.expert_combine(ones(0, 4), none, weight).any()
+    with pytest.raises(RuntimeError, match=r"expert_combine: place must lie in \[-1, 0\), got 0 in row 1"):
+        torch.ops.shiva.expert_combine(ones(0, 4), place(torch.tensor([[-1, -1, -1], [0, -1, -1]])), weight)
+
+
+@pytest.mark.skipif(DEVICE.type != "cpu", reason="a GPU would have to wait")
+def test_the_backward_refuses_a_row_of_two_choices():
+    doubled = torch.tensor([[0, 3], [-1, 3]])
+    with pytest.raises(RuntimeError, match=r"expert_combine_backward: place names row 3 twice, in rows 0 and 1"):
+        torch.ops.shiva.expert_combine_backward(torch.ones(2, 4), torch.ones(5, 4), doubled, torch.ones(2, 2))
+
+
+@both
+@pytest.mark.parametrize("count", [-1, 0, 1025])
+def test_a_number_of_experts_outside_1_to_1024_is_refused(count, api):
+    arguments = arguments_of("expert_dispatch") | {"num_experts": count}
+    assert_refused(api, "expert_dispatch", arguments, ("num_experts",), rf"\[1, 1024\], got {count}")
+
+
+def test_a_wrong_capacity_is_refused():
+    arguments = arguments_of("expert_dispatch")
+    for capacity in (-1, 0):
+        assert_refused("wrapper", "expert_dispatch", arguments | {"capacity": capacity}, ("capacity",), f"{capacity}")
+    assert_refused("raw", "expert_dispatch", arguments | {"capacity": -1}, ("capacity",), "negative, got -1")
+    huge = arguments | {"capacity": 2**30}
+    assert_refused("raw", "expert_dispatch", huge, ("capacity",), r"at most 2\^31 - 2")
+
+
+@pytest.mark.parametrize(("op", "name"), [case for case in INDEXES if case[1] not in ("position", "experts", "place")])
 def test_an_index_into_no_tokens_is_refused(op, name):
     arguments = arguments_of(op)
     empty = {n: a[:, :0] for n, a in arguments.items() if n in ("x", "base", "inclusion", "update") and a.dim() > 1}
@@ -175,11 +223,15 @@ def ones(*shape: int) -> torch.Tensor:
         ),
         lambda index: torch.ops.shiva.scatter_mean_backward(ones(1, 5, 3), index),
         lambda index: torch.ops.shiva.gather_modulate_backward(ones(1, 2, 3), ones(1, 5, 3), index, ones(1, 3), 1e-6),
+        lambda index: torch.ops.shiva.expert_dispatch_backward(ones(5, 3), index - index.eq(-1).long()),
+        lambda index: torch.ops.shiva.expert_combine_backward(
+            ones(1, 3), ones(5, 3), index - index.eq(-1).long(), ones(1, 2)
+        ),
     ],
 )
 @pytest.mark.parametrize("bad", [-1, 5])
 def test_the_backward_ops_refuse_an_index_out_of_range(call, bad):
-    with pytest.raises((RuntimeError, ValueError), match=rf"_backward.*(index|kept|position).*{bad}"):
+    with pytest.raises((RuntimeError, ValueError), match=rf"_backward.*(index|kept|position|place).*({bad}|-2)"):
         call(place(torch.tensor([[0, bad]])))
 
 

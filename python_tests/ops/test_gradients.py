@@ -5,7 +5,7 @@ import torch
 
 from shiva_ext import ops, reference
 
-from .cases import DIFFERENTIABLE, EPS, KAPPA, OPS, TYPICAL, Maker, Size, forward_backward, native, tuple_of
+from .cases import DIFFERENTIABLE, EPS, KAPPA, OPS, TYPICAL, Maker, Size, floating, forward_backward, native, tuple_of
 from .device import DEVICE, host, place
 from .matrix import same_bits
 
@@ -51,7 +51,7 @@ def test_counterfactual_scatter_backward_is_the_prescribed_formula(dtype):
 def test_a_sum_of_the_outputs_gives_the_gradients_of_ones(key):
     op = OPS[key]
     arguments, leaves = op.split(op.arguments(Maker(TYPICAL, torch.float32)))
-    outputs = tuple_of(native(op)(*arguments.values()))
+    outputs = floating(tuple_of(native(op)(*arguments.values())))
     expanded = torch.autograd.grad(sum(out.sum() for out in outputs), leaves, retain_graph=True)
     ones = torch.autograd.grad(outputs, leaves, [torch.ones_like(out) for out in outputs])
     assert all(same_bits(a, b) for a, b in zip(expanded, ones, strict=True))
@@ -66,7 +66,7 @@ def test_each_input_may_be_the_only_one_that_needs_a_gradient(key):
         arguments = op.arguments(maker)
         arguments[name] = arguments[name].detach().requires_grad_()
         outputs = tuple_of(native(op)(*arguments.values()))
-        (got,) = torch.autograd.grad(outputs, arguments[name], maker.gradients(outputs, "random"))
+        (got,) = torch.autograd.grad(floating(outputs), arguments[name], maker.gradients(outputs, "random"))
         assert same_bits(got, expected)
 
 

@@ -9,7 +9,7 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 
 from shiva_ext import ops
 
-from .cases import DIFFERENTIABLE, EPS, INDEXED, KAPPA, OPS, TAU, Maker, Size, native, tuple_of, wide
+from .cases import DIFFERENTIABLE, EPS, INDEXED, KAPPA, OPS, TAU, Maker, Size, floating, native, tuple_of, wide
 from .matrix import same_bits
 
 SAMPLES = {
@@ -37,6 +37,13 @@ BACKWARD = {
     ),
     "gather_modulate_backward": lambda m: (m.floats(m.k, m.D), m.tokens(), m.index(), m.floats(m.D), EPS),
     "scatter_residual_backward": lambda m: (m.tokens(), m.index(), m.floats(m.k, m.D), m.floats(m.D)),
+    "expert_dispatch_backward": lambda m: (m.expert_rows(), m.place()),
+    "expert_combine_backward": lambda m: (
+        m.list_of_tokens(),
+        m.expert_rows(),
+        m.place(),
+        m.expert_weight(),
+    ),
     "scatter_mean_backward": lambda m: (m.floats(m.num_groups, m.D), m.groups()),
 }
 
@@ -95,7 +102,7 @@ def test_compile_has_one_graph_and_at_most_one_recompile(key):
         for function in (wrapper, compiled):
             arguments, leaves = op.split(op.arguments(Maker(size, torch.float32)))
             outputs = tuple_of(function(*arguments.values()))
-            gradients = torch.autograd.grad([out.sum() for out in outputs], leaves) if leaves else ()
+            gradients = torch.autograd.grad([out.sum() for out in floating(outputs)], leaves) if leaves else ()
             results.append([*outputs, *gradients])
         assert all(same_bits(a, b) for a, b in zip(*results, strict=True)), size
     assert counter.frame_count <= 2
@@ -155,7 +162,7 @@ def test_backward_under_fake_tensors_has_the_shapes_and_dtypes_of_the_real_one(k
         }
         ready, leaves = op.split(arguments)
         outputs = tuple_of(native(op)(*ready.values()))
-        for grad, leaf in zip(torch.autograd.grad([o.sum() for o in outputs], leaves), leaves, strict=True):
+        for grad, leaf in zip(torch.autograd.grad([o.sum() for o in floating(outputs)], leaves), leaves, strict=True):
             assert (grad.shape, grad.dtype) == (leaf.shape, leaf.dtype)
 
 

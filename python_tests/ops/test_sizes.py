@@ -61,6 +61,16 @@ FORMS = {
         "one large group": Size(B=2, N=1500, k=1, D=5, H=1),
         "long rows": Size(B=2, N=40, k=13, D=1544, H=1),
     },
+    # 128 choices a turn, of 3 a token; 512 blocks at most.
+    **{
+        name: {
+            "one turn": Size(B=1, N=42, k=1, D=8, H=1),
+            "a turn and a bit": Size(B=1, N=43, k=1, D=9, H=1),
+            "several turns a block": Size(B=1, N=22000, k=1, D=1, H=1),
+            "long rows": Size(B=2, N=5, k=1, D=1544, H=1),
+        }
+        for name in ("expert_dispatch", "expert_dispatch with a capacity", "expert_combine")
+    },
     "facility_location": {
         "one block": Size(B=1, N=256, k=3, D=1, H=1),
         **{f"{N} tokens": Size(B=1, N=N, k=3, D=1, H=1) for N in (257, 288, 300, 320, 513, 600)},

@@ -13,7 +13,7 @@ The reference runs in float64 on the very same inputs, so its own error does not
 * ``plain``: how far the reference itself is off, at most within a row, when it runs in float32 (scaled to the dtype of
   the arithmetic): cancellation between intermediates, as where the LayerNorm of two channels has almost no gradient.
 * ``floor``: what an op may lose in absolute terms: :func:`pair_floor` of soft_rank, :func:`layer_norm_floor` of
-  gather_modulate's gradient.
+  gather_modulate's gradient, :func:`combine_floor` of expert_combine, where a row of one channel says too little.
 """
 
 from collections.abc import Callable
@@ -118,3 +118,9 @@ def layer_norm_floor(slope: Tensor, rows: Tensor, layer_norm_eps: float, eps: fl
     """
     deviation = (rows.var(dim=-1, correction=0, keepdim=True) + layer_norm_eps).sqrt()
     return 3 * eps * slope.abs().amax(dim=-1, keepdim=True) / deviation
+
+
+def combine_floor(rows: Tensor, place: Tensor, weight: Tensor, eps: float) -> Tensor:
+    """What a token's sum over its rows may lose, [T,D]: half an eps of each product, and of each sum of them."""
+    products = weight.abs().unsqueeze(-1) * torch.nn.functional.pad(rows.abs(), (0, 0, 0, 1))[place.long()]
+    return eps / 2 * place.shape[1] * products.nan_to_num(0, 0, 0).sum(dim=1)

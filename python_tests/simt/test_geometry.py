@@ -236,6 +236,29 @@ def test_scatter_mean_takes_a_warp_for_a_row_and_reads_vectors_where_it_can(simu
     assert found[1] == f"scatter_mean_backward_kernel<float, {width}> 3 x 256"
 
 
+@pytest.mark.parametrize("T, blocks", [(1, 1), (64, 1), (65, 2), (32768, 512), (32769, 257), (65536, 512)])
+def test_expert_dispatch_takes_a_block_for_128_choices_and_512_blocks_at_most(simulated, T, blocks):
+    x, experts = torch.randn(T, 1), torch.zeros(T, 2, dtype=torch.int64)
+    found = launches(simulated, lambda: torch.ops.shiva_simt.expert_dispatch(x, experts, 3))
+    copies = f"expert_dispatch_kernel<unsigned int> {blocks} x 256"
+    assert found == [f"expert_count_kernel {blocks} x 256", copies]
+
+
+@pytest.mark.parametrize("D, access, width", [(64, "uint4", 4), (62, "uint2", 1), (61, "unsigned int", 1)])
+def test_expert_rows_move_in_the_widest_accesses(simulated, D, access, width):
+    simt, x = torch.ops.shiva_simt, torch.randn(40, D)
+    experts, weight = torch.zeros(40, 2, dtype=torch.int64), torch.ones(40, 2)
+    found = launches(simulated, lambda: simt.expert_dispatch(x, experts, 3))
+    assert found[1] == f"expert_dispatch_kernel<{access}> 1 x 256"
+    rows, place, _ = simt.expert_dispatch(x, experts, 3)
+    pack = f"Pack<float, {width}> "
+    for op, args in (("expert_combine", (rows, place, weight)), ("expert_dispatch_backward", (rows, place))):
+        found = launches(simulated, lambda op=op, args=args: getattr(simt, op)(*args))
+        assert found == [f"expert_combine_kernel<{pack}> 5 x 256"]
+    found = launches(simulated, lambda: simt.expert_combine_backward(x, rows, place, weight))
+    assert found == ["expert_source_kernel<float> 1 x 256", f"expert_combine_backward_kernel<{pack}> 10 x 256"]
+
+
 def test_facility_location_takes_a_block_for_up_to_256_tokens(simulated):
     found = launches(simulated, lambda: torch.ops.shiva_simt.facility_location(torch.randn(3, 256, 256), 2))
     assert found == ["facility_block_kernel<float> 3 x 256"]

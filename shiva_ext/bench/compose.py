@@ -1,6 +1,7 @@
 """``shiva bench compose``: fewer tokens, fewer computed steps, fewer steps, each alone and together."""
 
 import os
+from dataclasses import dataclass, field
 from pathlib import Path
 
 from ..evaluation.pareto import BETTER, Point, at_cost, compare, front
@@ -22,43 +23,68 @@ _STRENGTHS = {
     4: {"teacache": (0.2,), "smoothcache": (0.75,), "first block": (0.4,)},
 }
 FASTER, WITHIN = 4.0, 1.05  # what is looked for: so much faster, at no more than so much of the dense distance
-FEWER_STEPS, COMBINED = "fewer steps", " + "
+FEWER_STEPS, GUIDED, COMBINED = "fewer steps", "learned guidance", " + "
+SHIVA = {"fashion": "shiva60", "emoji": "emoji60"}
 
 
-def _row(selection: dict | None, name: str, cache: tuple[str, float] | None, steps: int, solver: str = EULER) -> Row:
-    parts, axes = [], []
-    if selection is not None:
-        parts.append(name)
-        axes.append("Shiva")
+@dataclass(frozen=True)
+class _Model:
+    """What stands in the dense model's place.
+
+    Attributes:
+        name: in a cell's name; "" for the dense model.
+        axes: methods that made it, for the cell's group.
+        row: further arguments of its rows.
+        control: whether its cells are no method but a control, however few their steps.
+    """
+
+    name: str = ""
+    axes: tuple[str, ...] = ()
+    row: dict = field(default_factory=dict)
+    control: bool = False
+
+
+def _artefact(source: str, **more) -> dict:
+    return {"method": "artefact", "source": source, **more}
+
+
+def _row(model: _Model, cache: tuple[str, float] | None, steps: int, solver: str = EULER) -> Row:
+    parts, axes = [model.name] if model.name else [], list(model.axes)
     if cache is not None:
         parts.append(f"{Caches.NAMES[cache[0]]} {cache[1]:g}")
         axes.append(Caches.NAMES[cache[0]])
-    if steps != STEPS:
+    if steps != STEPS and not model.control:
         axes.append(FEWER_STEPS)
     parts.append(f"{steps} steps" + ("" if solver == EULER else f" of {solver.title()}"))
     group = COMBINED.join(axes) or "dense"
-    method = {} if selection is None else {"method": "artefact", **selection}
     text = "dense" if group == "dense" else ", ".join(parts)
-    return Row(text, steps=steps, group=group, cache=cache, solver=solver, **method)
+    return Row(text, steps=steps, group=group, cache=cache, solver=solver, **model.row)
 
 
 def cells(testbed: str = "fashion") -> list[Row]:
-    """The grid: {dense, Shiva 60 %, Shiva 50 %} x {no cache, three caches} x {25, 12, 6, 4 steps}.
+    """The grid: {dense, Shiva 60 %} x {no cache, three caches} x {25, 12, 6, 4 steps}.
 
-    And fewer steps of a solver of the second order, without a cache, whose stale velocities it would continue.
+    And fewer steps of a solver of the second order, without a cache, whose stale velocities it would continue. On the
+    first testbed also both models with the guidance learned, for half the calls, and the control: the dense model with
+    the same adapters, tuned as long.
     """
-    source = {"fashion": "shiva60", "emoji": "emoji60"}[testbed]
-    selections = [
-        (None, ""),
-        ({"source": source}, "Shiva 60 %"),
-        ({"source": source, "options": (("budget", 0.5),)}, "Shiva 50 %"),
-    ]
+    dense, shiva = _Model(), _Model("Shiva 60 %", ("Shiva",), _artefact(SHIVA[testbed]))
     found = []
-    for selection, name in selections:
+    for model in (dense, shiva):
         for steps in (STEPS, *FEWER):
             caches = [(cache, each) for cache, strengths in _STRENGTHS[steps].items() for each in strengths]
-            found += [_row(selection, name, cache, steps) for cache in (None, *caches)]
-        found += [_row(selection, name, None, steps, ADAMS) for steps in FEWER_ADAMS]
+            found += [_row(model, cache, steps) for cache in (None, *caches)]
+        found += [_row(model, None, steps, ADAMS) for steps in FEWER_ADAMS]
+    if testbed == "fashion":
+        learned = [
+            _Model("guidance learned", (GUIDED,), _artefact("dense_guided", guidance=1.0)),
+            _Model("Shiva 60 %, guidance learned", ("Shiva", GUIDED), _artefact("guided60", guidance=1.0)),
+        ]
+        for model in learned:
+            found += [_row(model, None, steps) for steps in (STEPS, *FEWER)]
+            found += [_row(model, ("fora", 2), STEPS), *(_row(model, None, steps, ADAMS) for steps in FEWER_ADAMS)]
+        tuned = _Model("dense fine-tuned", ("dense fine-tuned",), _artefact("dense_finetuned"), control=True)
+        found += [_row(tuned, None, STEPS), *(_row(tuned, None, steps, ADAMS) for steps in FEWER_ADAMS)]
     return found
 
 
