@@ -107,6 +107,12 @@ def _train_rectified_flow(args) -> None:
     _train_caf(args, rectified_flow=True)
 
 
+def _train_experts(args) -> None:
+    from .testbed.experts import ExpertsConfig, train
+
+    train(_config(args, ExpertsConfig), args.out, args.dense_model, args.data_dir, args.control)
+
+
 def _train_testbed(args) -> None:
     from .testbed.train_shiva import train
     from .training.config import TrainConfig
@@ -149,6 +155,12 @@ def _bench_pareto(args) -> None:
     own["samples"], own["weights"] = args.samples, _pairs(args.weights)
     options = {name: value for name, value in own.items() if value is not None}
     run(methods=args.methods, out=args.out, cache_dir=args.cache_dir, **options)
+
+
+def _bench_moe(args) -> None:
+    from .bench.moe import run
+
+    run(args.samples, args.experts, args.control, args.dense_model, args.data_dir, args.out)
 
 
 def _bench_compose(args) -> None:
@@ -310,6 +322,8 @@ def parser() -> argparse.ArgumentParser:
     from .testbed.emoji_selection import ARTEFACT as EMOJI_ARTEFACT
     from .testbed.emoji_selection import CONFIG as EMOJI_SELECTION_CONFIG
     from .testbed.emoji_selection import DENSE as EMOJI_DENSE
+    from .testbed.experts import CONTROL_DIR as DENSE_ON_DIR
+    from .testbed.experts import EXPERTS_DIR, ExpertsConfig
     from .testbed.train_shiva import TESTBED_CONFIG
 
     root = argparse.ArgumentParser(prog="shiva", description=__doc__)
@@ -325,6 +339,7 @@ def parser() -> argparse.ArgumentParser:
         ("emoji-classifier", _train_emoji_classifier, EmojiClassifierConfig(), "the classifier of its pictures"),
         ("classifier", _train_classifier, ClassifierConfig(), "the classifier behind the metrics"),
         ("testbed", _train_testbed, TESTBED_CONFIG, "router, policy and adapters of the testbed's model"),
+        ("experts", _train_experts, ExpertsConfig(), "experts in the place of the testbed's dense MLPs"),
         ("caf", _train_caf, CAF_CONFIG, "constant acceleration flow on pairs of the testbed's model: few steps"),
         ("rectified-flow", _train_rectified_flow, CAF_CONFIG, "the control of caf: a rectified flow on the same pairs"),
     ):
@@ -345,6 +360,9 @@ def parser() -> argparse.ArgumentParser:
             sub.add_argument("--dense-model", help="dense model's folder; by default the one that ships")
             sub.add_argument("--resume", action="store_true", help="go on from the last checkpoint in --out")
             sub.add_argument("--control", action="store_true", help="fine-tune densely instead, as the control")
+        if name == "experts":
+            sub.add_argument("--dense-model", help="where to start; by default the one that ships")
+            sub.add_argument("--control", action="store_true", help="train the dense model on instead, as the control")
         sub.set_defaults(run=run)
 
     _add_calibrate(commands)
@@ -380,6 +398,15 @@ def parser() -> argparse.ArgumentParser:
     sub.add_argument("--out", default="results", help="folder of caf.json and caf.png")
     sub.add_argument("--cache-dir", default="build/caf/samples", help="folder of the images")
     sub.set_defaults(run=_bench_caf)
+
+    sub = bench.add_parser("moe", help="experts against the dense model at equal compute a token")
+    sub.add_argument("--samples", type=int, default=1000, help="images a model")
+    sub.add_argument("--experts", default=EXPERTS_DIR, help="folder of 'shiva train experts'")
+    sub.add_argument("--control", default=DENSE_ON_DIR, help="folder of 'shiva train experts --control'")
+    sub.add_argument("--dense-model", help="what both began as; by default the one that ships")
+    sub.add_argument("--data-dir", help="folder of the Fashion-MNIST .gz files")
+    sub.add_argument("--out", default="results", help="folder of moe.json and moe.png")
+    sub.set_defaults(run=_bench_moe)
 
     sub = bench.add_parser("pareto", help="every method at several strengths: quality against time, as a page")
     sub.add_argument("--testbed", default="fashion", help="fashion or emoji")

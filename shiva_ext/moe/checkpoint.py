@@ -88,7 +88,7 @@ def load(folder: str | os.PathLike, device: str | torch.device = "cpu") -> nn.Mo
         share_embedder(model)
     if record["qk_norm"]:
         add_qk_norm(model)
-    model.to(getattr(torch, record["dtype"]))
+    nn.Module.to(model, getattr(torch, record["dtype"]))  # not diffusers' own, which warns of every cast
     state, own = load_file(folder / "moe.safetensors"), _weights(model)
     wrong = set(own) ^ set(state) | {name for name in set(own) & set(state) if own[name].shape != state[name].shape}
     if wrong:

@@ -53,7 +53,7 @@ class Averaged(NamedTuple):
 
 def train_averaged(
     model: nn.Module,
-    loss: Callable[[torch.Generator], Tensor],
+    loss: Callable[[torch.Generator], Tensor | tuple[Tensor, Tensor]],
     steps: int,
     config: Settings,
     folder: Path,
@@ -66,7 +66,7 @@ def train_averaged(
     Args:
         model: trained where it lies, in the mode (train or eval) that it is in.
         loss: the loss of one step, a scalar that depends on the model and the generator alone. Every step has a
-            generator of its own, seeded by (seed, name, step).
+            generator of its own, seeded by (seed, name, step). Where it gives two, the second is what the curve shows.
         steps: length of the run.
         config: see :class:`Settings`.
         folder: of the checkpoints.
@@ -106,6 +106,7 @@ def train_averaged(
                 fall = (steps - step) / max(1, config.decay * steps)
                 group["lr"] = config.lr * min(1.0, (step + 1) / max(1, config.warmup), fall)
             error = loss(generator)
+            error, shown = error if isinstance(error, tuple) else (error, error)
             optimizer.zero_grad(set_to_none=True)
             error.backward()
             nn.utils.clip_grad_norm_(model.parameters(), 1.0)
@@ -115,7 +116,7 @@ def train_averaged(
                 pairs = list(zip(average.parameters(), model.parameters(), strict=True))
                 torch._foreach_lerp_([a for a, _ in pairs], [m for _, m in pairs], 1 - decay)
             step += 1
-            running.append(error.detach())
+            running.append(shown.detach())
             bar.update()
             due = step % config.checkpoint_every == 0 or step == steps
             if step % _NOTE_EVERY == 0 or due:  # not each step: to read one waits for the device
