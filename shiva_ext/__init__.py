@@ -28,7 +28,19 @@ _LAZY = {
     "save": "artifact",
     "summary": "_summary",
 }
-_SUBMODULES = ("bench", "caches", "caf", "evaluation", "methods", "models", "selection", "testbed", "training")
+_SUBMODULES = (
+    "bench",
+    "caches",
+    "caf",
+    "evaluation",
+    "methods",
+    "models",
+    "moe",
+    "selection",
+    "testbed",
+    "training",
+    "vlm",
+)
 
 __all__ = [
     "CacheHandle",

@@ -23,6 +23,8 @@ from .models import adapter_for
 from .reconstruct import CHOICES, IDENTITY
 from .scheduler_watch import SchedulerWatch
 from .selection import RatioTable, default_tile
+from .vlm import FastVConfig, FeatherConfig, FeatherHandle
+from .vlm.feather import enable_feather, get_feather
 
 _HANDLE, _ROUTER = "_shiva_ext_handle", "shiva_ext_router"
 
@@ -218,7 +220,7 @@ def enable(
     fused: bool = True,
     reconstruct: str = IDENTITY,
     component: str = "transformer",
-) -> "Handle | CacheHandle | Together":
+) -> "Handle | CacheHandle | Together | FeatherHandle":
     """Make a model process only the tokens that matter, or compute only the steps that do.
 
     A selection of tokens and a cache are enabled by a call each, in any order, and work together; a second selection
@@ -233,7 +235,8 @@ def enable(
             ``ToMeSD(0.5)``. Or a cache: of :mod:`shiva_ext.caches` such as ``FORA(2)``, a ``.json`` file that ``shiva
             calibrate`` has written, or a cache config of diffusers; all further arguments but ``batched_guidance`` and
             ``component`` are for selections. Or a :class:`Configuration` of both, or the ``.json`` file of one that
-            ``shiva tune`` has written.
+            ``shiva tune`` has written. Or, for a vision-language model of transformers, a
+            :class:`~shiva_ext.vlm.FeatherConfig` or :class:`~shiva_ext.vlm.FastVConfig`, alone.
         ratio: keep this share of the tokens in every layer and step instead of the learned schedule; 1 is dense.
         budget: keep the learned schedule's form, but move it to this mean share, without training. The token counts
             of all steps and layers then meet it to within one tile (of every step that shares it), at the model's own
@@ -263,7 +266,8 @@ def enable(
             ``transformer_2``, and each wants an artefact of its own. :func:`disable` restores both.
 
     Returns:
-        A :class:`Handle`, or for a cache a :class:`CacheHandle`; use it as a context manager to disable it at the end.
+        A :class:`Handle`, for a cache a :class:`CacheHandle`, for a vision-language model a
+        :class:`~shiva_ext.vlm.FeatherHandle`; use it as a context manager to disable it at the end.
 
     Raises:
         TypeError: an unknown model family or source.
@@ -273,6 +277,10 @@ def enable(
     transformer = find_transformer(pipe_or_transformer, component)
     given = (ratio, budget, tile, sigmas, max_distinct_k, share_selection)
     asked = any(each is not None for each in given) or not (adapter and fused) or reconstruct != IDENTITY
+    if isinstance(source, (FeatherConfig, FastVConfig)):
+        if asked or batched_guidance is not None:
+            raise ValueError(f"shiva_ext: {type(source).__name__} has all of its settings in it; no other is for it")
+        return enable_feather(transformer, source)
     if isinstance(source, (str, os.PathLike)) and Path(source).suffix == ".json" and is_configuration(source):
         source = Configuration.load(source)
     if isinstance(source, Configuration):
@@ -394,6 +402,8 @@ def disable(pipe_or_transformer) -> None:
         if (cached := get_cache(transformer)) is not None:
             cached.disable()
         _disable_selection(transformer)
+        if (pruned := get_feather(transformer)) is not None:
+            pruned.disable()
 
 
 def _disable_selection(transformer: nn.Module) -> None:
