@@ -26,6 +26,14 @@ def test_the_grid_crosses_selection_cache_and_steps():
     assert {row.source for row in compose.cells("emoji")} == {"", "emoji60"}
 
 
+def test_what_is_drawn_alike():
+    drawn = {compose.family(row.group) for row in compose.cells()}
+    assert drawn == {
+        "dense", "fewer steps", "a cache", "Shiva", "Shiva + a cache", "learned guidance", "learned guidance + a cache",
+        "Shiva + learned guidance", "Shiva + learned guidance + a cache", "dense fine-tuned",
+    }  # fmt: skip
+
+
 def cell(name, method, speed_up, fid, error=0.01):
     return {
         "name": name, "method": method, "speed_up": speed_up, "fid": fid, "fid_error": error, "fid_draws": [],

@@ -93,6 +93,14 @@ def is_single(method: str) -> bool:
     return COMBINED not in method
 
 
+def family(method: str) -> str:
+    """A group as it is drawn: whichever cache it has, and however few steps."""
+    axes = dict.fromkeys("a cache" if a in Caches.NAMES.values() else a for a in method.split(COMBINED))
+    if len(axes) > 1:
+        axes.pop(FEWER_STEPS, None)
+    return COMBINED.join(axes)
+
+
 def verdict(found: list[dict]) -> dict:
     """What the grid says: the fastest cells at each quality, and whether the goal is met.
 
@@ -148,4 +156,4 @@ def run(
         f" --seeds {seeds}" if seeds > 1 else ""
     )
     rows = cells(testbed) if rows is None else rows
-    return sweep(study, Path(out) / f"compose{suffix}.json", rows, methods, command, verdict)
+    return sweep(study, Path(out) / f"compose{suffix}.json", rows, methods, command, verdict, family)

@@ -191,6 +191,7 @@ def sweep(
     methods: list[str] | None,
     command: str,
     verdict: Callable[[list[dict]], dict] | None = None,
+    family: Callable[[str], str] = str,
 ) -> dict:
     """Measure the rows that a file does not hold yet, and write it, its page and its picture.
 
@@ -198,6 +199,7 @@ def sweep(
         methods: groups of the rows; by default all. The dense model always runs.
         command: that does this.
         verdict: what the cells say together, in place of the duels of "Shiva" with each rival.
+        family: the name under which a group is drawn; several groups may share one.
 
     Raises:
         ValueError: an unknown method.
@@ -233,8 +235,8 @@ def sweep(
     if verdict is not None:
         content["verdict"] = verdict(found)
     write_content(file, content)
-    draw(found, file.with_suffix(".png"))
-    write_page(content, file.with_suffix(".html"))
+    draw(found, file.with_suffix(".png"), family)
+    write_page(content, file.with_suffix(".html"), family)
     return content
 
 

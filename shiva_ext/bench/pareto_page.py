@@ -4,6 +4,7 @@ import base64
 import html
 import io
 import os
+from collections.abc import Callable
 from pathlib import Path
 
 from matplotlib.figure import Figure
@@ -48,8 +49,10 @@ def points(found: list[dict], cost: str) -> list[Point]:
     return [Point(cell["name"], cell["method"], of(cell), *quality(cell)) for cell in shown]
 
 
-def plot(found: list[dict]) -> Figure:
-    """Quality against time and against operations."""
+def plot(found: list[dict], family: Callable[[str], str] = str) -> Figure:
+    """Quality against time and against operations; points of a method are joined, those of a family look alike."""
+    found = [cell | {"method": family(cell["method"])} for cell in found]
+    joined = family is str
     figure = Figure(figsize=(13, 5.6), layout="constrained")
     methods = list(dict.fromkeys(cell["method"] for cell in found))
     others = [m for m in methods if m not in (OURS, REFERENCE)]
@@ -71,7 +74,8 @@ def plot(found: list[dict]) -> Figure:
                 color=colour,
                 marker=marker,
                 markersize=11 if method == OURS else 6,
-                linewidth=1.2,
+                linewidth=1.2 if joined else 0,
+                elinewidth=0.8,
                 capsize=2,
                 label=method,
             )
@@ -86,9 +90,9 @@ def plot(found: list[dict]) -> Figure:
     return figure
 
 
-def draw(found: list[dict], file: str | os.PathLike) -> None:
+def draw(found: list[dict], file: str | os.PathLike, family: Callable[[str], str] = str) -> None:
     """The plot as a PNG."""
-    plot(found).savefig(file, dpi=110)
+    plot(found, family).savefig(file, dpi=110)
 
 
 def _embedded(figure: Figure) -> str:
@@ -207,7 +211,7 @@ def _pictures(found: list[dict]) -> str:
     return f"<table>{''.join(rows)}</table>"
 
 
-def write_page(content: dict, file: Path) -> None:
+def write_page(content: dict, file: Path, family: Callable[[str], str] = str) -> None:
     """Write the HTML page of a sweep's results."""
     found = list(content["cells"].values())
     machine = "; ".join(dict.fromkeys(cell["machine"] for cell in found))
@@ -226,7 +230,7 @@ def write_page(content: dict, file: Path) -> None:
         f"<p>{html.escape(about)}; {html.escape(machine)}. Times are medians of pairs with the dense model, "
         f"one after the other.{noise} Intervals are 1.96 deviations over resampled images. "
         f"Command: <code>{html.escape(content['command'])}</code></p>"
-        f"<h2>The front</h2><p>Grey: what no other point beats.</p>{_embedded(plot(found))}"
+        f"<h2>The front</h2><p>Grey: what no other point beats.</p>{_embedded(plot(found, family))}"
         f"{_verdict(content['verdict']) if 'verdict' in content else _duels(found)}"
         f"<h2>Every cell</h2><p>“Time beyond operations” is the share of a method's time that its operations do not "
         f"explain: its overhead.</p>{_results(found)}"
