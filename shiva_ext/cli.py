@@ -113,6 +113,12 @@ def _train_experts(args) -> None:
     train(_config(args, ExpertsConfig), args.out, args.dense_model, args.data_dir, args.control)
 
 
+def _train_vlm(args) -> None:
+    from .testbed.quadrants import VLMConfig, train
+
+    train(_config(args, VLMConfig), args.out, args.data_dir)
+
+
 def _train_testbed(args) -> None:
     from .testbed.train_shiva import train
     from .training.config import TrainConfig
@@ -161,6 +167,12 @@ def _bench_moe(args) -> None:
     from .bench.moe import run
 
     run(args.samples, args.experts, args.control, args.dense_model, args.data_dir, args.out)
+
+
+def _bench_feather(args) -> None:
+    from .bench.feather import run
+
+    run(args.vlm, args.samples, args.data_dir, args.out)
 
 
 def _bench_compose(args) -> None:
@@ -324,6 +336,7 @@ def parser() -> argparse.ArgumentParser:
     from .testbed.emoji_selection import DENSE as EMOJI_DENSE
     from .testbed.experts import CONTROL_DIR as DENSE_ON_DIR
     from .testbed.experts import EXPERTS_DIR, ExpertsConfig
+    from .testbed.quadrants import VLM_DIR, VLMConfig
     from .testbed.train_shiva import TESTBED_CONFIG
 
     root = argparse.ArgumentParser(prog="shiva", description=__doc__)
@@ -340,6 +353,7 @@ def parser() -> argparse.ArgumentParser:
         ("classifier", _train_classifier, ClassifierConfig(), "the classifier behind the metrics"),
         ("testbed", _train_testbed, TESTBED_CONFIG, "router, policy and adapters of the testbed's model"),
         ("experts", _train_experts, ExpertsConfig(), "experts in the place of the testbed's dense MLPs"),
+        ("vlm", _train_vlm, VLMConfig(), "a small vision-language model that must look at the right place"),
         ("caf", _train_caf, CAF_CONFIG, "constant acceleration flow on pairs of the testbed's model: few steps"),
         ("rectified-flow", _train_rectified_flow, CAF_CONFIG, "the control of caf: a rectified flow on the same pairs"),
     ):
@@ -407,6 +421,13 @@ def parser() -> argparse.ArgumentParser:
     sub.add_argument("--data-dir", help="folder of the Fashion-MNIST .gz files")
     sub.add_argument("--out", default="results", help="folder of moe.json and moe.png")
     sub.set_defaults(run=_bench_moe)
+
+    sub = bench.add_parser("feather", help="fewer visual tokens on 'shiva train vlm's model, and their position bias")
+    sub.add_argument("--samples", type=int, default=1000, help="questions")
+    sub.add_argument("--vlm", default=VLM_DIR, help="folder of 'shiva train vlm'")
+    sub.add_argument("--data-dir", help="folder of the Fashion-MNIST .gz files")
+    sub.add_argument("--out", default="results", help="folder of feather.json and feather.png")
+    sub.set_defaults(run=_bench_feather)
 
     sub = bench.add_parser("pareto", help="every method at several strengths: quality against time, as a page")
     sub.add_argument("--testbed", default="fashion", help="fashion or emoji")
