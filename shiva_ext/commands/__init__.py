@@ -1,0 +1,1 @@
+"""The commands of ``shiva``, each module a few."""
