@@ -23,15 +23,13 @@ from pathlib import Path
 BUDGET = Path(__file__).with_name("cuda_budget.json")
 ARCHITECTURES = (75, 80, 86, 89, 90, 100, 120)
 # Kernels in their form for 16-byte accesses, by pattern of their name.
-COPIES = r"(token_gather|token_scatter|residual_gate|zero_absent_rows)(_in_place|_backward)?_kernel<uint4"
-PACKS = r"(residual_gate|counterfactual_scatter|token_gather_table)_backward_kernel<Pack<\w+, [248]>"
+COPIES = r"(token_gather|token_scatter|residual_gate|expert_dispatch)(_in_place|_backward)?_kernel<uint4"
+PACKS = r"(residual_gate|counterfactual_scatter|token_gather_table|expert_combine)(_backward)?_kernel<Pack<\w+, [248]>"
 MODULATE = r"(gather_modulate|scatter_residual|scatter_mean)(_backward)?(_wide)?_kernel<\w+, [248]\b"
 # (pattern of the kernel's name, oldest architecture, instruction that must appear)
 PROMISES = [
-    (r"token_(gather|scatter)(_in_place|_backward)?_kernel<uint4", 75, "LDG.E.128"),
-    (r"residual_gate_kernel<uint4", 75, "LDG.E.128"),
-    (COPIES, 75, "STG.E.128"),
-    *((pattern, 75, opcode) for pattern in (PACKS, MODULATE) for opcode in ("LDG.E.128", "STG.E.128")),
+    *((pattern, 75, opcode) for pattern in (COPIES, PACKS, MODULATE) for opcode in ("LDG.E.128", "STG.E.128")),
+    (r"zero_absent_rows_kernel<uint4", 75, "STG.E.128"),
     (r"router_\w+_kernel<MmaProduct<f16", 75, "HMMA"),
     (r"router_\w+_kernel<MmaProduct<bf16", 80, "HMMA"),
 ]

@@ -325,6 +325,54 @@ FACILITY_KERNELS = [
           why="what is taken decides where it is written", cannot=STATIC),
 ]
 
+ROUTED, LIMIT = "expert_rows_kernel.cuh", 4
+# The experts of each token; two blocks take 6 and 4 of these choices.
+EXPERTS, COUNTS = [[2, 0], [0, 2], [2, 0], [1, 0], [0, 2]], [[3, 0, 3], [2, 1, 1]]
+# Where there are sums, every token goes to experts 0 and 1, of LIMIT rows each: none for the last token.
+LIMITED = [*([t, LIMIT + t] for t in range(LIMIT)), [-1, -1]]
+CHOICES = "T 5, K 2, E 3"
+
+
+def flat_rows(t):
+    """struct Rows of a tensor [rows, D]"""
+    return [t, 0, t.shape[1] * {"uint8": 1, "float32": 4}[t.dtype]]
+
+
+def expert_dispatch(capacity):
+    R = 3 * capacity if capacity else 10
+    return [flat_rows(data("x", 5, BYTES)), index("experts", EXPERTS), index("counts", COUNTS, "int32"), 10, 6,
+            ("u32", 3), 2, capacity, PACKS, out("place", 5, 2, dtype="int64"), out("ends", 3, dtype="int32"),
+            copied("rows", R, BYTES)]
+
+
+def expert_combine_backward(T, K, source):
+    R = len(source)
+    return [flat_rows(tensor("grad", T, D)), flat_rows(tensor("rows", R, D)), index("source", [source], "int32"),
+            tensor("weight", T * K), R, K, PACKS, out("grad_rows", R, D), out("grad_weight", T * K)]
+
+
+BITS = "the comparison stops at a count of bits, by which nvcc divides"
+EXPERT_KERNELS = [
+    Proof("expert_count_kernel", ROUTED, 2, 256, CHOICES,
+          [index("experts", EXPERTS), 10, 6, ("u32", 3), out("counts", 2, 3, dtype="int32")],
+          why="the tool does not see that sums of comparisons are constants"),
+    Proof("expert_dispatch_kernel<uint4>", ROUTED, 2, 256, CHOICES + ", 528 bytes a row", expert_dispatch(0), why=BITS),
+    Proof("expert_dispatch_kernel<uint4>", ROUTED, 2, 256, CHOICES + ", 4 rows of 528 bytes an expert",
+          expert_dispatch(LIMIT), why=BITS),
+    Proof("expert_combine_kernel<Pack<float, 4>>", ROUTED, 1, 256, "T 5, K 2, 8 rows, D 132",
+          [flat_rows(tensor("rows", 2 * LIMIT, D)), index("place", LIMITED), tensor("weight", 5, 2), 5, 2, PACKS,
+           out("out", 5, D)],
+          "expert_combine"),
+    Proof("expert_source_kernel<float>", ROUTED, 1, 256, "T 5, K 2, 10 rows",
+          [index("place", [[*range(10)]]), 10, out("source", 10, dtype="int32"), tensor("grad_weight", 5, 2)],
+          "expert_source"),
+    Proof("expert_combine_backward_kernel<Pack<float, 4>>", ROUTED, 1, 256, "T 4, K 1, 6 rows, D 132",
+          expert_combine_backward(4, 1, [1, 2, 3, 4, 0, 0]), "expert_combine_backward"),
+    Proof("expert_combine_backward_kernel<Pack<float, 4>>", ROUTED, 2, 256, "T 4, K 2, 10 rows, D 132",
+          expert_combine_backward(4, 2, [1, 3, 5, 7, 0, 2, 4, 6, 8, 0]),
+          why="the tool divides the rows into other slices than a reference does"),
+]
+
 KERNELS = [
     *ROW_KERNELS,
     *MEAN_KERNELS,
@@ -333,4 +381,5 @@ KERNELS = [
     *SOFT_RANK_KERNELS,
     *TOPK_KERNELS,
     *FACILITY_KERNELS,
+    *EXPERT_KERNELS,
 ]

@@ -223,6 +223,8 @@ def self_test(timeout: float) -> list[str]:
     staged, reused = "__syncthreads();  // this stage is there", "wait_copies<kStages - 2>();"
     shared, chunk = "sums[warp][lane] = sum;\n  __syncthreads();", "c < chunks; c += kSumWarps"
     scale = "(1 + scales[i])"
+    dispatch = find("expert_dispatch_kernel<uint4>", "T 5, K 2, E 3, 528 bytes a row")
+    slot = "next[mine] + rank"
     cases = [
         ("no barrier before a stage is read", ring, router, staged, "//", "potential_race"),
         ("no wait for a stage's copies", ring, router, reused, "", "potential_race"),
@@ -237,6 +239,7 @@ def self_test(timeout: float) -> list[str]:
         ),
         ("one element past the last read", chunks, common, chunk, chunk.replace("<", "<="), "equivalence_not_proven"),
         ("scale for 1 + scale", modulate, "gather_modulate_kernel.cuh", scale, "scales[i]", "equivalence_not_proven"),
+        ("a row for two choices", dispatch, "expert_rows_kernel.cuh", slot, slot.split(" ")[0], "potential_race"),
         ("a token twice", dataclasses.replace(scatter, parameters=twice), "", "", "", "potential_race"),
     ]
     complaints = []

@@ -5,7 +5,7 @@ which the kernel forms it, exp as nvcc compiles expf, and positions as the slice
 """
 
 import torch
-from ptx_kernels import EPS, INDEX, KAPPA, ORDERS, POSITION, SCALE, STARTS, K
+from ptx_kernels import EPS, INDEX, KAPPA, LIMIT, ORDERS, POSITION, SCALE, STARTS, K
 
 
 def total(x):
@@ -285,3 +285,24 @@ def soft_rank_combine_backward(partial):
 def topk_all():
     """i % n"""
     return torch.stack([torch.arange(40)] * 5)
+
+
+# ---- expert_dispatch and expert_combine
+
+
+def expert_combine(rows, weight):
+    """sum over j of weight[t, j] rows[place[t, j]]"""
+    first, second = weight[:LIMIT, :1] * rows[:LIMIT], weight[:LIMIT, 1:] * rows[LIMIT:]
+    return torch.cat([first + second, torch.zeros_like(rows[:1])])
+
+
+def expert_source(place):
+    """1 + the choice of each row"""
+    return torch.arange(1, len(place) + 1, dtype=torch.int32)
+
+
+def expert_combine_backward(grad, rows, weight):
+    """weight grad, or 0; <grad, row>"""
+    T = len(grad)
+    scaled = torch.cat([weight.unsqueeze(-1) * grad, torch.zeros_like(rows[T:])])
+    return scaled, (grad * rows[:T]).sum(-1)
