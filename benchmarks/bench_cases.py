@@ -16,6 +16,7 @@ PAIRWISE_LIMIT = 4096  # tokens; the pairwise formula needs several N x N matric
 ARRAY_LIMIT = 1 << 29  # bytes of the tokens; larger cases do not fit beside the rivals' results
 LAST_LEVEL_CACHE = 64 << 20  # more than the machine's
 HIDDEN, TAU, EPS = 64, 0.2, 1e-6
+ROUTED = ((1024, 16, 2), (8192, 16, 2), (8192, 64, 6), (65536, 16, 2))  # tokens, experts, experts a token
 
 
 @dataclass
@@ -271,6 +272,107 @@ def best_destination(quick: bool) -> Iterator[Case]:
             )
 
 
+def _routed(quick: bool) -> Iterator[tuple]:
+    """(shape, dtype, x, experts, weight) with shape (1, tokens, channels, experts, experts a token)."""
+    for T, E, K in ROUTED[:2] if quick else ROUTED:
+        for D in (384, 1152):
+            for dtype in DTYPES:
+                if K * T * D * dtype.itemsize <= ARRAY_LIMIT:
+                    weight, experts = torch.randn(T, E).softmax(dim=1).topk(K)
+                    yield (1, T, D, E, K), dtype, torch.randn(T, D).to(dtype), experts, weight
+
+
+def _sort(experts, E):
+    """-> the choices by expert, the place of each, the experts' ends"""
+    flat = experts.flatten()
+    order = flat.argsort(stable=True)
+    place = torch.empty_like(order).scatter_(0, order, torch.arange(len(order)))
+    return order, place.view_as(experts), torch.bincount(flat, minlength=E).cumsum(0)
+
+
+def expert_dispatch(quick: bool) -> Iterator[Case]:
+    for shape, dtype, x, experts, _ in _routed(quick):
+        E, K = shape[3:]
+
+        def sort(x=x, experts=experts, E=E, K=K):
+            order, place, ends = _sort(experts, E)
+            return x.index_select(0, order // K), place, ends
+
+        def loop(x=x, experts=experts, E=E):
+            return [x.index_select(0, (experts == e).nonzero()[:, 0]) for e in range(E)]
+
+        arguments = (x, experts, E)
+        yield Case(
+            *("expert_dispatch", shape, _name(dtype), lambda a=arguments: shiva.expert_dispatch(*a)),
+            lambda a=arguments: reference.expert_dispatch(*a),
+            {"argsort, index_select": sort, "loop over experts": loop},
+            bytes_moved=(1 + K) * x.nbytes,
+            exact=True,
+        )
+
+
+def expert_combine(quick: bool) -> Iterator[Case]:
+    """The rivals know which choice each row belongs to, and have weights of the rows' dtype."""
+    for shape, dtype, x, experts, weight in _routed(quick):
+        _, T, D, E, K = shape
+        rows, place, _ = shiva.expert_dispatch(x, experts, E)
+        order, _, ends = _sort(experts, E)
+        flat, ends, token, small = place.flatten(), ends.tolist(), order // K, weight.to(dtype)
+        share = small.flatten()[order, None]
+
+        def select(rows=rows, i=flat, w=small[..., None], T=T, K=K):
+            return (rows.index_select(0, i).view(T, K, -1) * w).sum(dim=1)
+
+        def index_add(rows=rows, token=token, share=share, T=T, D=D):
+            return rows.new_zeros(T, D).index_add_(0, token, rows * share)
+
+        def loop(rows=rows, token=token, share=share, ends=ends, T=T, D=D):
+            out = rows.new_zeros(T, D)
+            for begin, end in zip([0, *ends], ends, strict=False):
+                out.index_add_(0, token[begin:end], rows[begin:end] * share[begin:end])
+            return out
+
+        arguments = (rows, place, weight)
+        yield Case(
+            *("expert_combine", shape, _name(dtype), lambda a=arguments: shiva.expert_combine(*a)),
+            lambda a=arguments: reference.expert_combine(*_wide(*a)),
+            {"index_select, weighted sum": select, "index_add": index_add, "loop over experts": loop},
+            bytes_moved=(1 + K) * x.nbytes,
+            tolerance=_tolerance(dtype),
+        )
+
+
+def expert_rows(quick: bool) -> Iterator[Case]:
+    """Both ops, with experts that return their rows: all that a mixture of experts costs beside them."""
+    for shape, dtype, x, experts, weight in _routed(quick):
+        E, K = shape[3:]
+        small = weight.to(dtype)
+
+        def both(op, x=x, experts=experts, weight=weight, E=E):
+            rows, place, _ = op.expert_dispatch(x, experts, E)
+            return op.expert_combine(rows, place, weight)
+
+        def sort(x=x, experts=experts, w=small, E=E, K=K):
+            order, _, _ = _sort(experts, E)
+            token = order // K
+            rows = x.index_select(0, token)
+            return torch.zeros_like(x).index_add_(0, token, rows * w.flatten()[order, None])
+
+        def loop(x=x, experts=experts, w=small, E=E):
+            out = torch.zeros_like(x)
+            for e in range(E):
+                token, choice = (experts == e).nonzero(as_tuple=True)
+                out.index_add_(0, token, x[token] * w[token, choice, None])
+            return out
+
+        yield Case(
+            *("expert_dispatch + combine", shape, _name(dtype), lambda both=both: both(shiva)),
+            lambda both=both, x=x, w=weight: both(reference, x=x.double(), weight=w.double()),
+            {"argsort, index_select, index_add": sort, "loop over experts": loop},
+            tolerance=_tolerance(dtype),
+        )
+
+
 def residual_gate(quick: bool) -> Iterator[Case]:
     """The backward alone. It must read both gradients and x once, and write the gradient of x."""
     for B, N, D, dtype, share, x, kept in _tokens(quick):
@@ -327,6 +429,9 @@ MAKERS = {
             scatter_mean,
             facility_location,
             best_destination,
+            expert_dispatch,
+            expert_combine,
+            expert_rows,
             residual_gate,
             router_score,
         ),
@@ -412,5 +517,14 @@ TARGETS = (
     _ratio("scatter_residual", 1 / 1.15, ("token_scatter",), "scatter_residual, token_scatter / ours"),
     _ratio("scatter_mean", 1, (), "scatter_mean, best of torch / ours"),
     _ratio("facility_location", 1, (), "facility_location, the loop in torch / ours"),
+    _ratio("expert_dispatch", 1, (), "expert_dispatch, best of torch / ours"),
+    _ratio("expert_combine", 1, (), "expert_combine, best of torch / ours"),
+    _ratio(
+        "expert_dispatch + combine",
+        3,
+        ("loop over experts",),
+        "expert_dispatch + combine of 8192 tokens, 16 experts, the loop over experts / ours",
+        lambda r: (r["shape"][1], r["shape"][3]) == (8192, 16),
+    ),
     _ratio("residual_gate backward", 1 / 1.2, ("copy of as many bytes",), "residual_gate backward, copy / ours"),
 )

@@ -24,7 +24,14 @@ from shiva_ext import reference
 
 REPEATS, WARM_UP = 50, 10
 TAU, EPS, KAPPA = 0.2, 1e-6, 0.1
-COPIES = ("token_gather", "token_scatter", "token_scatter_", "residual_gate", "counterfactual_scatter")
+COPIES = (
+    "token_gather",
+    "token_scatter",
+    "token_scatter_",
+    "residual_gate",
+    "counterfactual_scatter",
+    "expert_dispatch",
+)
 
 
 def median_seconds(call: Callable[[], object], scratch: torch.Tensor) -> float:
@@ -54,6 +61,8 @@ def make_arguments(B: int, N: int, D: int, k: int, H: int, dtype: torch.dtype) -
     weights = (random(H, D) / D**0.5, *(random(H, dtype=torch.float32) for _ in range(3)))
     pi = torch.rand(B, N, device="cuda")
     tiles = torch.nn.functional.normalize(x.float(), dim=-1).view(-1, 16, D)  # of 4 x 4 tokens
+    flat, (share, experts) = x.flatten(0, 1), torch.rand(B * N, 16, device="cuda").topk(2)
+    rows, place, _ = torch.ops.shiva.expert_dispatch(flat, experts, 16)
     return {
         "topk_select": (scores, k),
         "soft_rank": (scores, TAU),
@@ -67,6 +76,8 @@ def make_arguments(B: int, N: int, D: int, k: int, H: int, dtype: torch.dtype) -
         "scatter_residual": (x, kept, random(B, k, D), random(B, D)),
         "scatter_mean": (x, torch.randint(k, (B, N), device="cuda"), k),
         "facility_location": (tiles @ tiles.transpose(1, 2), 8),
+        "expert_dispatch": (flat, experts, 16),
+        "expert_combine": (rows, place, share),
     }
 
 

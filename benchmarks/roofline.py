@@ -71,6 +71,7 @@ def costs(B: int, N: int, D: int, k: int, H: int, size: int = 2) -> dict[str, Co
     chunk = min(max(-(-B * k // 2048), 8), 32)
     partial = 2 * B * -(-k // chunk) * D * 4
     sorting_groups = 2 * index * B * N * -(-k // 512) + 2 * 4 * B * k
+    choices = 2 * B * N
     splits = -(-B * N // max(-(-B * N // 16 // 32) * 32, 512))
     return {
         "topk_select": Cost(B * N * (score + index)),
@@ -102,6 +103,12 @@ def costs(B: int, N: int, D: int, k: int, H: int, size: int = 2) -> dict[str, Co
         "scatter_mean backward": Cost(all_tokens + kept + sorting_groups / 2 + index * B * N, launches=2),
         # 8 of every 16 tokens. The similarities are transposed, then read from a cache; float64's rate is left out.
         "facility_location": Cost(3 * B * N * 16 * score + B * N // 2 * index, fp32=8 * 3 * B * N * 16, launches=2),
+        # Two experts of 16 a token, whose row both read at once; the counts stay in a cache.
+        "expert_dispatch": Cost(3 * all_tokens + 3 * index * choices, launches=2),
+        "expert_dispatch backward": Cost(3 * all_tokens + index * choices),
+        "expert_combine": Cost(3 * all_tokens + (index + score) * choices),
+        # Which choice a row is: zeros, numbers, and read, in int32.
+        "expert_combine backward": Cost(5 * all_tokens + (index + 3 * 4 + 2 * score) * choices, launches=3),
     }
 
 
