@@ -88,8 +88,7 @@ Routed check_expert_dispatch(
     const char* op, const Tensor& x, const Tensor& experts, int64_t num_experts, int64_t capacity, Place place);
 // grad [R, D].
 Routed check_expert_dispatch_backward(const char* op, const Tensor& grad, const Tensor& place, Place where);
-Routed check_expert_combine(
-    const char* op, const Tensor& rows, const Tensor& place, const Tensor& weight, Place where);
+Routed check_expert_combine(const char* op, const Tensor& rows, const Tensor& place, const Tensor& weight, Place where);
 Routed check_expert_combine_backward(
     const char* op, const Tensor& grad, const Tensor& rows, const Tensor& place, const Tensor& weight, Place where);
 

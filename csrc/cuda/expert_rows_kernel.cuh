@@ -186,8 +186,8 @@ __global__ void __launch_bounds__(kRowThreads) expert_source_kernel(
     grad_weight[c] = A(0);
 }
 
-// For the choice c of each of R rows: grad_rows[row] = weight[c] grad[c / K], grad_weight[c] = <grad[c / K], rows[row]>;
-// a row of no choice gets zeros.
+// For the choice c of each of R rows: grad_rows[row] = weight[c] grad[c / K], and grad_weight[c] is the dot
+// product of grad[c / K] and rows[row]; a row of no choice gets zeros.
 template <typename P>
 __global__ void __launch_bounds__(kRowThreads) expert_combine_backward_kernel(
     Rows grad, Rows rows, const int* __restrict__ source, const acc_t<typename P::Element>* __restrict__ weight,
