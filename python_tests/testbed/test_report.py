@@ -156,6 +156,27 @@ def test_an_interrupted_report_goes_on_at_the_row(run, half, monkeypatch):
     assert done.count("dense") == 1  # only as the partner of that timing
 
 
+def test_rows_that_are_timed_together_share_the_dense_batches(tmp_path, model_dir, monkeypatch):
+    study = Study(tmp_path, SAMPLES, 1, model_dir, batch_size=2, timing_repeats=2, steps=STEPS)
+    rows = [Row(f"{steps} steps", steps=steps) for steps in (1, 2, 3)]
+    done, original = [], Study._generate
+
+    def generate(study, transformer, prompts, labels, noise, row):
+        done.append(row.name)
+        return original(study, transformer, prompts, labels, noise, row)
+
+    monkeypatch.setattr(Study, "_generate", generate)
+    study.timing(rows[2])
+    assert done == 3 * ["dense", "3 steps"]  # the first turn is not counted
+    done.clear()
+    found = study.timings(rows)
+    assert done == 3 * ["dense", "1 steps", "2 steps"]
+    assert [each["name"] for each in found] == [row.name for row in rows]
+    for each in found:
+        assert len(each["pairs"]) == 2
+        assert each["speed_up"] == pytest.approx(sum(dense / mine for dense, mine in each["pairs"]) / 2)
+
+
 def test_more_seeds_keep_those_that_are_done(run, monkeypatch):
     fid = run([DENSE], seeds=1)["rows"][0]["fid_seeds"]
     assert run([DENSE], seeds=2)["rows"][0]["fid_seeds"][:1] == fid

@@ -218,7 +218,8 @@ def sweep(
     for row in missing:
         for seed in range(study.seeds):
             study.sample(row, seed)
-    for row in missing:  # all times in one stretch: other work on the machine then meets all alike
+    study.timings(missing)  # all in one stretch: other work on the machine then meets all alike
+    for row in missing:
         content["cells"][key(study, row)] = measure(study, row)
         write_content(file, content)
     keys = [key(study, row) for row in rows if key(study, row) in content["cells"]]

@@ -29,6 +29,7 @@ from .sampling import EULER, STEPS, generate
 # Part of every cache key: raise it when a change of the code below changes what a finished row would hold.
 VERSION = 2
 SHOWN = 6  # images whose kept tokens are drawn
+_TIMED_TOGETHER = 6  # rows that share a dense batch in each turn
 
 
 def _mean(tokens: int | tuple[int, int]) -> float:
@@ -203,32 +204,42 @@ class Study:
         return dict(gflops=flops / 1e9, kept_share=share, kept_counts=[kept for kept, _ in work])
 
     def timing(self, row: Row) -> dict:
-        """Seconds an image and speed-up over dense: batches of the two alternate, medians over the pairs."""
-        file = self._file(row, timing=self.timing_repeats, threads=torch.get_num_threads())
-        if file.is_file():
-            return json.loads(file.read_text())
+        """Seconds an image and speed-up over dense: medians of turns with a dense batch in each."""
+        return self.timings([row])[0]
+
+    def timings(self, rows: list[Row]) -> list[dict]:
+        """Of several rows, a few at a time: in each turn a dense batch, then one of every row."""
+        missing = [row for row in rows if not self._timing_file(row).is_file()]
+        for first in range(0, len(missing), _TIMED_TOGETHER):
+            self._time(missing[first : first + _TIMED_TOGETHER])
+        return [json.loads(self._timing_file(row).read_text()) for row in rows]
+
+    def _timing_file(self, row: Row) -> Path:
+        return self._file(row, timing=self.timing_repeats, threads=torch.get_num_threads())
+
+    def _time(self, rows: list[Row]) -> None:
         labels, noise = self.bed.labels(self.batch_size), self.bed.noise(self.batch_size, seed=0)
-        models = [(self._setup(each), each) for each in (self.dense, row)]
-        pairs = []
-        for _ in tqdm(range(self.timing_repeats + 1), desc=f"{row.name}, timing", mininterval=2):
-            pair = []
+        models = [(self._setup(each), each) for each in (self.dense, *rows)]
+        turns = []
+        for _ in tqdm(range(self.timing_repeats + 1), desc=f"{', '.join(r.name for r in rows)}, timing", mininterval=2):
+            turn = []
             for (transformer, prompts, _), each in models:
                 started = time.perf_counter()
                 self._generate(transformer, prompts, labels, noise, each)
-                pair.append((time.perf_counter() - started) / self.batch_size)
-            pairs.append(pair)
-        pairs = pairs[1:]
+                turn.append((time.perf_counter() - started) / self.batch_size)
+            turns.append(turn)
         for (_, _, method), _ in models:
             method.disable()
-        result = {
-            "name": row.name,
-            "seconds": statistics.median(mine for _, mine in pairs),
-            "dense_seconds": statistics.median(dense for dense, _ in pairs),
-            "speed_up": statistics.median(dense / mine for dense, mine in pairs),
-            "pairs": pairs,
-        }
-        write_text(file, json.dumps(result, indent=1))
-        return result
+        for number, row in enumerate(rows, 1):
+            pairs = [[turn[0], turn[number]] for turn in turns[1:]]
+            result = {
+                "name": row.name,
+                "seconds": statistics.median(mine for _, mine in pairs),
+                "dense_seconds": statistics.median(dense for dense, _ in pairs),
+                "speed_up": statistics.median(dense / mine for dense, mine in pairs),
+                "pairs": pairs,
+            }
+            write_text(self._timing_file(row), json.dumps(result, indent=1))
 
     def resolve(self, row: Row, rows: list[Row]) -> Row:
         """A row whose steps follow from another row's time, with its steps; any other row as it is."""
