@@ -1,5 +1,6 @@
 """Experts shared out among two processes do what one process does with the whole batch."""
 
+import copy
 import os
 
 import pytest
@@ -32,8 +33,8 @@ def data() -> tuple[torch.Tensor, torch.Tensor]:
     return torch.randn(STEPS, 6, 5, D, generator=generator), torch.randn(STEPS, 6, 5, D, generator=generator)
 
 
-def train(model: nn.Module, inner: nn.Module, rank: int, world: int) -> list[float]:
-    """STEPS of SGD, each on this process' part of the batch; returns the losses."""
+def train(model: nn.Module, inner: nn.Module, rank: int, world: int) -> list[list[float]]:
+    """STEPS of SGD with clipped gradients, each on this process' part of the batch; losses, balances and norms."""
     optimizer, losses = torch.optim.SGD(inner.parameters(), lr=0.1), []
     for x, y in zip(*data(), strict=True):
         x, y = x.chunk(world)[rank], y.chunk(world)[rank]
@@ -41,9 +42,19 @@ def train(model: nn.Module, inner: nn.Module, rank: int, world: int) -> list[flo
             loss = F.mse_loss(model(x), y)
         optimizer.zero_grad()
         (loss + routing.balance_loss()).backward()
+        norm = moe.clip_grad_norm_(inner, 0.02)
         optimizer.step()
-        losses.append([loss.item(), routing.balance_loss().item()])
+        losses.append([loss.item(), routing.balance_loss().item(), norm.item()])
     return losses
+
+
+class _Caller(nn.Module):
+    def __init__(self, modules: nn.ModuleDict):
+        super().__init__()
+        self.inside = modules
+
+    def forward(self, x):
+        return self.inside["model"](x)
 
 
 def worker(rank: int, world: int, port: int, folder: str) -> None:
@@ -58,7 +69,22 @@ def worker(rank: int, world: int, port: int, folder: str) -> None:
         refused = ""
     except ValueError as error:
         refused = str(error)
-    losses = train(DistributedDataParallel(model), model, rank, world)
+    copied = copy.deepcopy(model)
+    count = moe.count_parameters(model)
+    wrong = nn.Sequential(make_model())
+    moe.shard_experts(wrong)
+    try:
+        DistributedDataParallel(wrong)(torch.zeros(1, 2, D))
+        overwritten = ""
+    except RuntimeError as error:
+        overwritten = str(error)
+    # Inside another module, and frozen at first.
+    outer = nn.ModuleDict({"model": model})
+    model[1].experts.requires_grad_(False)
+    model[1].experts.requires_grad_(True)
+    wrapped = moe.data_parallel(_Caller(outer))
+    losses = train(wrapped, model, rank, world)
+    same = all(torch.equal(a, b) for a, b in zip(copied.parameters(), model.parameters(), strict=True))
     try:
         moe.save(model, folder)
         unsaved = ""
@@ -66,6 +92,7 @@ def worker(rank: int, world: int, port: int, folder: str) -> None:
         unsaved = str(error)
     moe.gather_experts(model)
     result = dict(losses=losses, held=held, refused=refused, unsaved=unsaved, state=model.state_dict())
+    result |= dict(overwritten=overwritten, moved=not same, count=count)
     torch.save(result, os.path.join(folder, f"{rank}.pt"))
     dist.destroy_process_group()
 
@@ -78,12 +105,15 @@ def test_two_processes_train_as_one(tmp_path):
     for result in results:
         assert result["held"] == [2, 2]
         assert "shared out already" in result["refused"] and "gather_experts" in result["unsaved"]
+        assert result["moved"] and result["count"] == moe.count_parameters(model)
         for name, value in model.state_dict().items():
             torch.testing.assert_close(result["state"][name], value, rtol=1e-5, atol=1e-5, msg=name)
-    for step, (loss, balance) in enumerate(wanted):
+    assert all("has copied one process' experts" in result["overwritten"] for result in results)
+    for step, (loss, balance, norm) in enumerate(wanted):
         halves = [result["losses"][step] for result in results]
         assert sum(half[0] for half in halves) / 2 == pytest.approx(loss, abs=1e-5)
         assert all(half[1] == pytest.approx(balance, abs=1e-5) for half in halves)
+        assert all(half[2] == pytest.approx(norm, rel=1e-4) for half in halves) and norm > 0.02
 
 
 def test_sharing_without_processes_is_refused():

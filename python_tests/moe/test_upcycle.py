@@ -4,7 +4,7 @@ import json
 
 import pytest
 import torch
-from diffusers import DiTTransformer2DModel, FluxTransformer2DModel
+from diffusers import CogView4Transformer2DModel, DiTTransformer2DModel, FluxTransformer2DModel
 from models.families import randomise
 from models.tiny import LAYERS, WIDTH, make_inputs, make_model
 
@@ -154,6 +154,8 @@ def test_what_cannot_be_upcycled_is_refused_and_left_as_it_was():
     upcycle(model)
     with pytest.raises(ValueError, match="experts already"):
         upcycle(model)
+    with pytest.raises(ValueError, match="layers is empty"):
+        upcycle(make_model(), layers=[])
     with pytest.raises(ValueError, match="Linear cannot be upcycled: no block has"):
         upcycle(torch.nn.Linear(2, 2))
 
@@ -179,6 +181,61 @@ def test_a_preset_is_saved_with_its_shared_embedder_and_its_norms(tmp_path, monk
     call = dict(timestep=torch.tensor([3]), class_labels=torch.tensor([1]), return_dict=False)
     x = torch.randn(1, 4, 8, 8)
     assert torch.equal(again(x, **call)[0], model(x, **call)[0])
+
+
+def test_every_weight_keeps_its_dtype(tmp_path):
+    model, inputs = make_model().bfloat16(), make_inputs(dtype=torch.bfloat16)
+    for layer in upcycle(model, MoEConfig(num_experts=3)).values():
+        layer.router.float()
+    moe.save(model, tmp_path)
+    again = moe.load(tmp_path)
+    assert again.transformer_blocks[0].ff.router.weight.dtype == torch.float32
+    with torch.no_grad():
+        assert torch.equal(again(**inputs)[0], model(**inputs)[0])
+
+
+def test_norms_of_the_models_own_are_not_taken_for_ours(tmp_path):
+    cogview = CogView4Transformer2DModel(
+        num_layers=1, num_attention_heads=1, attention_head_dim=16, text_embed_dim=8, time_embed_dim=8, condition_dim=4
+    )
+    upcycle(cogview, MoEConfig(num_experts=2))
+    moe.save(cogview, tmp_path)
+    again = moe.load(tmp_path)
+    assert type(again.transformer_blocks[0].attn1.norm_q) is torch.nn.LayerNorm
+
+
+def test_what_could_not_be_loaded_is_not_saved(tmp_path):
+    model = make_model()
+    upcycle(model, MoEConfig(num_experts=3))
+    model.extra = torch.nn.Linear(2, 2)
+    with pytest.raises(ValueError, match=r"other weights than its config says, such as extra\.bias; merge or unload"):
+        moe.save(model, tmp_path)
+
+    class Own(type(model)):
+        pass
+
+    model.__class__ = Own
+    with pytest.raises(ValueError, match="Own is no model of diffusers"):
+        moe.save(model, tmp_path)
+    assert not list(tmp_path.iterdir())
+
+
+def test_mlps_with_a_dropout_at_their_end():
+    model = make_model()
+    for block in model.transformer_blocks:
+        block.ff.net.append(torch.nn.Dropout(0.1).eval())
+    wanted = model(**make_inputs())[0]
+    upcycle(model, MoEConfig(num_experts=2), router_std=0.0)
+    torch.testing.assert_close(model(**make_inputs())[0], wanted, rtol=1e-3, atol=1e-3)
+
+
+def test_a_preset_drops_no_labels_by_itself():
+    model = moe.dit_moe("S/2-8E2A", num_classes=10, sample_size=8).train()
+    seen = []
+    embedder = model.transformer_blocks[0].norm1.emb.class_embedder
+    embedder.embedding_table.register_forward_hook(lambda m, args, out: seen.append(args[0].tolist()))
+    model(torch.randn(64, 4, 8, 8), timestep=torch.zeros(64), class_labels=torch.full((64,), 3))
+    assert all(labels == [3] * 64 for labels in seen)
 
 
 def test_wrong_files_are_refused(tmp_path):

@@ -2,7 +2,7 @@
 
 from .checkpoint import load, save
 from .layer import MoEConfig, Routing, RoutingRecord, SparseMoE, expert_layers, record_routing
-from .parallel import gather_experts, shard_experts
+from .parallel import clip_grad_norm_, data_parallel, gather_experts, shard_experts
 from .presets import PRESETS, count_parameters, dit_moe
 from .upcycle import upcycle
 
@@ -12,7 +12,9 @@ __all__ = [
     "Routing",
     "RoutingRecord",
     "SparseMoE",
+    "clip_grad_norm_",
     "count_parameters",
+    "data_parallel",
     "dit_moe",
     "expert_layers",
     "gather_experts",

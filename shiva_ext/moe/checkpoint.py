@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from shiva_ext.files import write_text
 
 from .layer import MoEConfig, expert_layers
-from .presets import add_qk_norm, share_embedder
+from .presets import HeadNorm, add_qk_norm, share_embedder
 from .upcycle import install_experts
 
 FORMAT = 1
@@ -35,28 +35,54 @@ def save(model: nn.Module, folder: str | os.PathLike) -> None:
     The names are not diffusers', whose ``from_pretrained`` would leave the experts out with no more than a warning.
 
     Raises:
-        ValueError: no layers of experts, or they are shared out among processes (``gather_experts`` first).
+        ValueError: no layers of experts; they are shared out among processes (``gather_experts`` first); or weights
+            that :func:`load` would not have, such as an adapter's.
     """
     layers = expert_layers(model)
     if any(not hasattr(layer.experts, "w_in") for layer in layers.values()):
         raise ValueError("the experts are shared out among processes; call gather_experts(model) on all of them first")
-    folder = Path(folder)
-    folder.mkdir(parents=True, exist_ok=True)
-    blocks = model.transformer_blocks
+    blocks, own = model.transformer_blocks, _weights(model)
     record = dict(
         format=FORMAT,
         model=type(model).__name__,
         dtype=str(next(model.parameters()).dtype).removeprefix("torch."),
         config={key: value for key, value in model.config.items() if not key.startswith("_")},
         layers={name: [layer.dim, asdict(layer.config)] for name, layer in layers.items()},
-        shared_embedder=len(blocks) > 1
-        and _embedder(blocks[1]) is not None
-        and _embedder(blocks[0]) is _embedder(blocks[1]),
-        qk_norm=isinstance(getattr(getattr(blocks[0], "attn1", None), "norm_q", None), nn.LayerNorm),
+        shared_embedder=_embedder(blocks[0]) is not None and _embedder(blocks[0]) is _embedder(blocks[-1]),
+        qk_norm=isinstance(getattr(getattr(blocks[0], "attn1", None), "norm_q", None), HeadNorm),
     )
-    save_file({k: v.contiguous() for k, v in _weights(model).items()}, folder / "moe.safetensors.tmp")
+    if type(model) is not getattr(diffusers, type(model).__name__, None):
+        raise ValueError(
+            f"{type(model).__name__} is no model of diffusers, which load would build; save what is inside"
+        )
+    with torch.device("meta"):
+        wanted = _weights(_build(record))
+    if wrong := _differences(own, wanted):
+        raise ValueError(
+            f"the model has other weights than its config says, such as {wrong[0]}; merge or unload adapters"
+        )
+    folder = Path(folder)
+    folder.mkdir(parents=True, exist_ok=True)
+    save_file({k: v.contiguous() for k, v in own.items()}, folder / "moe.safetensors.tmp")
     os.replace(folder / "moe.safetensors.tmp", folder / "moe.safetensors")
     write_text(folder / "moe.json", json.dumps(record, indent=1) + "\n")
+
+
+def _build(record: dict) -> nn.Module:
+    """A model of the recorded form, with fresh weights."""
+    model = getattr(diffusers, record["model"]).from_config(record["config"])
+    install_experts(model, {name: (dim, MoEConfig(**config)) for name, (dim, config) in record["layers"].items()})
+    if record["shared_embedder"]:
+        share_embedder(model)
+    if record["qk_norm"]:
+        add_qk_norm(model)
+    return model
+
+
+def _differences(one: dict[str, Tensor], other: dict[str, Tensor]) -> list[str]:
+    """Names that are in one alone, or that have another shape."""
+    both = set(one) & set(other)
+    return sorted(set(one) ^ set(other) | {name for name in both if one[name].shape != other[name].shape})
 
 
 def _embedder(block: nn.Module) -> nn.Module | None:
@@ -77,21 +103,14 @@ def load(folder: str | os.PathLike, device: str | torch.device = "cpu") -> nn.Mo
     record = json.loads((folder / "moe.json").read_text())
     if record["format"] > FORMAT:
         raise ValueError(f"{folder / 'moe.json'} has format {record['format']}, this version reads up to {FORMAT}")
-    cls = getattr(diffusers, record["model"], None)
-    if cls is None:
-        raise ValueError(
-            f"{folder / 'moe.json'} is of a {record['model']}, which diffusers {diffusers.__version__} lacks"
-        )
-    model = cls.from_config(record["config"])
-    install_experts(model, {name: (dim, MoEConfig(**config)) for name, (dim, config) in record["layers"].items()})
-    if record["shared_embedder"]:
-        share_embedder(model)
-    if record["qk_norm"]:
-        add_qk_norm(model)
+    if not hasattr(diffusers, record["model"]):
+        raise ValueError(f"{folder} has a {record['model']}, which diffusers {diffusers.__version__} does not know")
+    model, state = _build(record), load_file(folder / "moe.safetensors")
     nn.Module.to(model, getattr(torch, record["dtype"]))  # not diffusers' own, which warns of every cast
-    state, own = load_file(folder / "moe.safetensors"), _weights(model)
-    wrong = set(own) ^ set(state) | {name for name in set(own) & set(state) if own[name].shape != state[name].shape}
-    if wrong:
-        raise ValueError(f"{folder / 'moe.safetensors'} does not fit moe.json: {', '.join(sorted(wrong)[:4])}")
-    model.load_state_dict(state, strict=False)  # not strict: of tied weights one name is there
+    if wrong := _differences(state, _weights(model)):
+        raise ValueError(f"{folder / 'moe.safetensors'} does not fit moe.json: {', '.join(wrong[:4])}")
+    for name, weight in model.state_dict(keep_vars=True).items():
+        if name in state and weight.dtype != state[name].dtype:  # some may have another than the rest
+            weight.data = weight.data.to(state[name].dtype)
+    model.load_state_dict(state, strict=False)  # of tied weights one name is there
     return model.eval().to(device)

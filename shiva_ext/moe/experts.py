@@ -95,25 +95,21 @@ class Experts(nn.Module):
                 getattr(new, name).requires_grad_(value.requires_grad)
         return new
 
-    def forward(self, rows: Tensor, ends: Tensor) -> Tensor:
-        """rows [R,D] sorted by expert, ends int32 [E] -> [R,D]."""
+    def forward(self, rows: Tensor, ends: Tensor | None = None) -> Tensor:
+        """rows [R,D] sorted by expert, with ends int32 [E]; or [E,C,D], as many for each -> the same shape."""
         rows, w_in, w_out, b_in, b_out = self._cast(rows)
         expert = None
-        if b_in is not None:
+        if ends is not None and b_in is not None:
             row = torch.arange(len(rows), dtype=ends.dtype, device=rows.device)
             expert = torch.searchsorted(ends, row, right=True).clamp_max(self.num_experts - 1)
-        hidden = grouped_linear(rows, w_in, ends)
-        hidden = ACTIVATIONS[self.activation](hidden if expert is None else hidden + b_in[expert])
-        out = grouped_linear(hidden, w_out, ends)
-        return out if expert is None else out + b_out[expert]
 
-    def padded(self, rows: Tensor) -> Tensor:
-        """rows [E,C,D], as many for each expert -> [E,C,D]."""
-        rows, w_in, w_out, b_in, b_out = self._cast(rows)
-        hidden = rows @ w_in.mT
-        hidden = ACTIVATIONS[self.activation](hidden if b_in is None else hidden + b_in.unsqueeze(1))
-        out = hidden @ w_out.mT
-        return out if b_out is None else out + b_out.unsqueeze(1)
+        def linear(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+            out = x @ weight.mT if ends is None else grouped_linear(x, weight, ends)
+            if bias is None:
+                return out
+            return out + (bias.unsqueeze(1) if ends is None else bias[expert])
+
+        return linear(ACTIVATIONS[self.activation](linear(rows, w_in, b_in)), w_out, b_out)
 
     def _cast(self, rows: Tensor) -> list[Tensor | None]:
         """The rows and weights in autocast's dtype, as torch does not do for grouped products; else in the weights'."""
@@ -126,11 +122,12 @@ def grouped_linear(x: Tensor, weight: Tensor, ends: Tensor) -> Tensor:
     """Row r of x [R,I], of group g where ends[g-1] <= r < ends[g], times weight[g].T; weight [G,O,I] -> [R,O].
 
     By torch's own grouped GEMM, or one product a group where that takes neither the dtype nor the strides (rows must be
-    multiples of 16 bytes).
+    multiples of 16 bytes; traced, bfloat16 alone).
     """
     size = x.element_size()
     aligned = all(width * size % 16 == 0 for width in weight.shape[1:])
-    if aligned and x.dtype != torch.float64 and hasattr(F, "grouped_mm"):
+    taken = x.dtype == torch.bfloat16 if torch.compiler.is_compiling() else x.dtype != torch.float64
+    if aligned and taken and hasattr(F, "grouped_mm"):
         return F.grouped_mm(x.contiguous(), weight.mT, offs=ends)
     parts = x.split(ends.diff(prepend=ends.new_zeros(1)).tolist())
     return torch.cat([part @ matrix.mT for part, matrix in zip(parts, weight, strict=True)])

@@ -1,5 +1,6 @@
 """A sparse mixture of experts in the place of a transformer's MLP (DiT-MoE, arXiv 2407.11633)."""
 
+import math
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -61,7 +62,7 @@ class MoEConfig:
         """Rows of each expert in a call of so many tokens; None without a limit."""
         if self.capacity_factor is None:
             return None
-        return max(1, -int(-self.capacity_factor * tokens * self.top_k // self.num_experts))
+        return max(1, math.ceil(self.capacity_factor * tokens * self.top_k / self.num_experts - 1e-9))
 
 
 @dataclass
@@ -82,6 +83,16 @@ class Routing:
     dropped: Tensor
 
 
+class Router(nn.Linear):
+    """Logits of the experts, in float32 at least, whatever runs in half precision around it."""
+
+    def forward(self, tokens: Tensor) -> Tensor:
+        """[T,D] -> [T,n]."""
+        with torch.autocast(tokens.device.type, enabled=False):
+            wide = torch.promote_types(tokens.dtype, torch.float32)
+            return F.linear(tokens.to(wide), self.weight.to(wide))
+
+
 class SparseMoE(nn.Module):
     """``sum over the K best experts of s_i E_i(x)``, plus the shared expert, with s = softmax(W x) as it is.
 
@@ -95,7 +106,7 @@ class SparseMoE(nn.Module):
     def __init__(self, dim: int, config: MoEConfig):
         super().__init__()
         self.dim, self.config = dim, config
-        self.router = nn.Linear(dim, config.num_experts, bias=False)
+        self.router = Router(dim, config.num_experts, bias=False)
         width = config.expert_width or 4 * dim
         self.experts = Experts.new(config.num_experts, dim, width, config.activation, config.bias)
         self.shared = None
@@ -108,11 +119,11 @@ class SparseMoE(nn.Module):
         """hidden_states [...,D] -> [...,D]."""
         n, K = self.config.num_experts, self.config.top_k
         tokens = hidden_states.reshape(-1, self.dim)
-        probability = self._probability(tokens)
+        probability = self.router(tokens).softmax(dim=-1)
         experts, _ = ops.topk_select(probability.detach(), K)
         capacity = self.config.capacity(len(tokens))
         rows, place, ends = ops.expert_dispatch(tokens, experts, n, capacity)
-        results = self.experts(rows, ends) if capacity is None else self.experts.padded(rows.view(n, capacity, -1))
+        results = self.experts(rows, ends) if capacity is None else self.experts(rows.view(n, capacity, -1))
         out = ops.expert_combine(results.reshape(-1, self.dim), place, probability.gather(1, experts))
         if self.shared is not None:
             out = out + self.shared(tokens)
@@ -122,12 +133,6 @@ class SparseMoE(nn.Module):
             if self.record is not None:
                 self.record.append(routing)
         return out.to(hidden_states.dtype).view(hidden_states.shape)
-
-    def _probability(self, tokens: Tensor) -> Tensor:
-        """[T,D] -> softmax of the router [T,n], in float32 at least, whatever runs in half precision around it."""
-        with torch.autocast(tokens.device.type, enabled=False):
-            wide = torch.promote_types(tokens.dtype, torch.float32)
-            return F.linear(tokens.to(wide), self.router.weight.to(wide)).softmax(dim=-1)
 
     def _routing(self, probability: Tensor, experts: Tensor, place: Tensor, ends: Tensor) -> Routing:
         count = ends.diff(prepend=ends.new_zeros(1)).long()
@@ -148,26 +153,34 @@ class SparseMoE(nn.Module):
 class RoutingRecord:
     """What the layers of a model recorded, by the name of the layer, a :class:`Routing` for each of its calls."""
 
-    def __init__(self, weight: float, calls: dict[str, list[Routing]]):
-        self.weight, self.calls = weight, calls
+    def __init__(self, weight: float, layers: dict[str, "SparseMoE"]):
+        self.weight = weight
+        self.calls: dict[str, list[Routing]] = {name: layer.record for name, layer in layers.items()}
+        self.learns = {n: layer.training and layer.router.weight.requires_grad for n, layer in layers.items()}
 
     def balance_loss(self) -> Tensor:
         """alpha times each layer's balance, averaged over its calls and summed over the layers; add it to the loss.
 
         Raises:
-            RuntimeError: no layer ran inside ``record_routing``.
+            RuntimeError: no layer ran inside ``record_routing``, or it has no gradient though the model is in training.
         """
+        for name, calls in self.calls.items():
+            if self.learns[name] and torch.is_grad_enabled() and not all(call.balance.requires_grad for call in calls):
+                raise RuntimeError(
+                    f"the routing of {name or 'the layer'} was recorded without a gradient: checkpoint with "
+                    "use_reentrant=False, and call the model outside no_grad; or put it in eval mode"
+                )
         means = [torch.stack([call.balance for call in calls]).mean() for calls in self.calls.values() if calls]
         if not means:
             raise RuntimeError("no expert layer ran inside record_routing: call the model within the with-block")
         return self.weight * torch.stack(means).sum()
 
-    def load(self) -> Tensor:
-        """The share of each layer's choices that went to each expert, float64 [layers,n]."""
-        counts = [sum(call.count for call in calls) for calls in self.calls.values() if calls]
+    def load(self) -> dict[str, Tensor]:
+        """The share of each layer's choices that went to each expert, float64 [n], by the layer's name."""
+        counts = {name: sum(call.count for call in calls) for name, calls in self.calls.items() if calls}
         if not counts:
             raise RuntimeError("no expert layer ran inside record_routing: call the model within the with-block")
-        return torch.stack([count.double() / count.sum().clamp_min(1) for count in counts])
+        return {name: count.double() / count.sum().clamp_min(1) for name, count in counts.items()}
 
 
 def expert_layers(model: nn.Module) -> dict[str, SparseMoE]:
@@ -209,7 +222,7 @@ def record_routing(model: nn.Module) -> Iterator[RoutingRecord]:
     for layer in layers.values():
         layer.record = []
     try:
-        yield RoutingRecord(weights.pop(), {name: layer.record for name, layer in layers.items()})
+        yield RoutingRecord(weights.pop(), layers)
     finally:
         for layer in layers.values():
             layer.record = None

@@ -39,8 +39,9 @@ PRESETS = {
 def dit_moe(name: str, *, num_classes: int = 1000, sample_size: int = 32, **changes) -> DiTTransformer2DModel:
     """A freshly initialised DiT-MoE: patch 2, 4 latent channels in, 8 out, experts in every block.
 
-    The blocks share one embedding of step and class, as in DiT; diffusers gives each block its own. Routed experts are
-    SwiGLU of 4 times the width, the two shared ones together of 2 times. The largest have billions of weights:
+    The blocks share one embedding of step and class, as in DiT; diffusers gives each block its own. It drops no labels
+    (diffusers' would, in every block by itself): give label ``num_classes`` to a tenth of the samples. Routed experts
+    are SwiGLU of 4 times the width, the two shared ones together of 2 times. The largest have billions of weights:
     ``with torch.device("meta")`` builds them without memory.
 
     Args:
@@ -77,9 +78,14 @@ def dit_moe(name: str, *, num_classes: int = 1000, sample_size: int = 32, **chan
     return model
 
 
+class HeadNorm(nn.LayerNorm):
+    """Of each head's queries or keys."""
+
+
 def share_embedder(model: DiTTransformer2DModel) -> None:
-    """Let all blocks use the first one's embedding of step and class, as DiT has it."""
+    """Let all blocks use the first one's embedding of step and class, as DiT has it, which drops no labels."""
     blocks = model.transformer_blocks
+    blocks[0].norm1.emb.class_embedder.dropout_prob = 0.0  # each block would draw for itself
     for block in blocks[1:]:
         block.norm1.emb = blocks[0].norm1.emb
 
@@ -88,7 +94,7 @@ def add_qk_norm(model: DiTTransformer2DModel) -> None:
     """Normalise each head's queries and keys."""
     for block in model.transformer_blocks:
         width = block.attn1.inner_dim // block.attn1.heads
-        block.attn1.norm_q, block.attn1.norm_k = nn.LayerNorm(width), nn.LayerNorm(width)
+        block.attn1.norm_q, block.attn1.norm_k = HeadNorm(width), HeadNorm(width)
 
 
 def initialise(model: DiTTransformer2DModel) -> None:
@@ -106,5 +112,7 @@ def count_parameters(model: nn.Module) -> tuple[int, int]:
     for layer in model.modules():
         if isinstance(layer, SparseMoE):
             routed = sum(weight.numel() for weight in layer.experts.parameters())
+            whole = routed * getattr(layer.experts, "world", 1)  # shared out among processes
+            total, routed = total + whole - routed, whole
             idle += routed * (layer.config.num_experts - layer.config.top_k) // layer.config.num_experts
     return total, total - idle

@@ -38,7 +38,7 @@ def routed_share(num_experts: int, top_k: int, std: float) -> float:
 
 def _experts_of(name: str, dense: FeedForward, config: MoEConfig, generator: torch.Generator, std: float) -> SparseMoE:
     """Each expert takes ``expert_width`` hidden units of the dense MLP: all, or a random choice of its own."""
-    inner, outer = dense.net[0].proj, dense.net[-1]
+    inner, outer = dense.net[0].proj, dense.net[2]
     dim, hidden = inner.in_features, outer.in_features
     width = config.expert_width or hidden
     if width > hidden:
@@ -77,7 +77,8 @@ def upcycle(
 
     Every expert takes the dense MLP's hidden units: all of them, as DiT-MoE's own script does, or, with a smaller
     ``expert_width``, a random choice. With half of them and two experts a token the compute stays what it was. Second
-    layers are scaled so that a token's weighted sum begins close to the dense output; the router is random.
+    layers are scaled so that a token's weighted sum begins as the dense output in the mean; the router is random.
+    Dropout is not carried over.
 
     Args:
         model: a diffusers transformer with ``transformer_blocks`` whose ``ff`` is a ``FeedForward``: SD3, PixArt, DiT,
@@ -100,6 +101,8 @@ def upcycle(
         why = "its blocks have experts already" if has_experts(model) else "no block has a FeedForward called ff"
         raise ValueError(f"{type(model).__name__} cannot be upcycled: {why}")
     if layers is not None:
+        if not layers:
+            raise ValueError("layers is empty; name the blocks that get experts, or leave it out for all")
         names = [f"transformer_blocks.{i}.ff" for i in layers]
         if missing := [name for name in names if name not in dense]:
             raise ValueError(f"there is no dense {', '.join(missing)}; there are {', '.join(dense)}")
