@@ -239,7 +239,7 @@ def expert_combine(rows: Tensor, place: Tensor, weight: Tensor) -> Tensor:
     Args:
         rows: [R,D].
         place: [T,K], the row of each choice, or -1 for one that adds nothing. No row twice: the CPU's backward refuses
-            it.
+            it, on a GPU one of the two gets a wrong gradient.
         weight: [T,K], in the dtype of rows or the one that sums are taken in.
 
     Returns:

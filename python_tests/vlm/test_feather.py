@@ -1,14 +1,16 @@
 """Pruning a tiny model: what is kept, against a forward by hand; the cache; batches; what is refused."""
 
+import copy
+
 import pytest
 import torch
-from transformers import DynamicCache
+from transformers import CLIPVisionConfig, DynamicCache, LlamaConfig, LlavaConfig, LlavaForConditionalGeneration
 
 import shiva_ext
 from shiva_ext.vlm import FastVConfig, FeatherConfig, grid_tokens
 from shiva_ext.vlm.score import attention_of_last
 
-from .tiny_vlm import FAMILIES, IMAGE, LAYERS, N, make_prompt, make_vlm
+from .tiny_vlm import FAMILIES, IMAGE, LAYERS, TEXT, N, make_prompt, make_vlm
 
 CONFIG = FeatherConfig(ratio=0.5, layers=(2, 4))
 
@@ -211,24 +213,161 @@ def test_two_images_have_a_grid_each():
 
 
 @torch.no_grad()
-def test_beams_and_samples_go_on_from_the_pruned_prompt():
-    model, prompt = make_vlm(), make_prompt()
-    with shiva_ext.enable(model, CONFIG):
-        greedy = model.generate(**prompt, max_new_tokens=4, do_sample=False)
-        one_beam = model.generate(**prompt, max_new_tokens=4, do_sample=False, num_beams=3)
-        assert one_beam.shape[0] == 2 and greedy.shape[0] == 2
+def test_beams_go_on_from_the_pruned_prompt():
+    """The score of the best beam is the sum of its tokens' log-probabilities, by hand."""
+    model, prompt = make_vlm(), make_prompt(3, padding=3)
+    handle = shiva_ext.enable(model, CONFIG)
+    out = model.generate(
+        **prompt, max_new_tokens=5, do_sample=False, num_beams=3, return_dict_in_generate=True, output_scores=True,
+        length_penalty=0.0, eos_token_id=None, suppress_tokens=[IMAGE],
+    )  # fmt: skip
+    kept = [[stage[3 * b] for b in range(3)] for stage in handle.kept]
+    assert len({len(own) for own in kept[0]}) > 1
+    new, total = out.sequences[:, prompt["input_ids"].shape[1] :], torch.zeros(3)
+    for step in range(new.shape[1]):
+        longer = dict(prompt, input_ids=torch.cat([prompt["input_ids"], new[:, :step]], dim=1))
+        longer["attention_mask"] = torch.nn.functional.pad(prompt["attention_mask"], (0, step), value=1)
+        logits = by_hand_shifted(model, longer, kept)
+        total += logits.log_softmax(dim=-1).gather(1, new[:, step : step + 1])[:, 0]
+    torch.testing.assert_close(out.sequences_scores, total, rtol=1e-3, atol=1e-3)
 
 
 @torch.no_grad()
 def test_a_cache_that_is_used_again_begins_afresh():
     model, prompt = make_vlm(), make_prompt()
-    with shiva_ext.enable(model, CONFIG):
+    with shiva_ext.enable(model, CONFIG) as handle:
         cache = DynamicCache(config=model.config.text_config)
         first = model(**prompt, past_key_values=cache, use_cache=True).logits
         with pytest.raises(RuntimeError, match="3 tokens go on from a prompt whose visual tokens were pruned"):
             model(input_ids=torch.full((2, 3), 5), past_key_values=cache, use_cache=True)
-        cache.reset()
+        for layer in cache.layers:
+            layer.keys = layer.values = None
+            layer.is_initialized = False
+        text = torch.randint(3, 80, (2, 9))
+        wanted = model(input_ids=text).logits
+        assert handle.kept == [] and handle.lengths == []
+        assert torch.equal(model(input_ids=text, past_key_values=cache, use_cache=True).logits, wanted)
         assert torch.equal(model(**prompt, past_key_values=DynamicCache(), use_cache=True).logits, first)
+
+
+@torch.no_grad()
+def test_a_picture_after_a_prefix_is_refused_and_so_are_embeddings_alone():
+    model, prompt = make_vlm(), make_prompt()
+    with shiva_ext.enable(model, CONFIG):
+        cache = DynamicCache(config=model.config.text_config)
+        model(input_ids=torch.full((2, 4), 7), past_key_values=cache, use_cache=True)
+        with pytest.raises(ValueError, match="picture comes after what the cache holds"):
+            model(**prompt | {"attention_mask": None}, past_key_values=cache, use_cache=True)
+        with pytest.raises(ValueError, match="found by input_ids"):
+            model(inputs_embeds=torch.randn(2, 9, 64))
+
+
+@torch.no_grad()
+def test_pictures_that_touch_have_a_grid_each():
+    model, prompt = make_vlm(), make_prompt(images=2)
+    order = torch.cat([torch.arange(1 + N), torch.arange(2 + N, 2 + 2 * N), torch.tensor([1 + N])])
+    ids = prompt["input_ids"]
+    prompt["input_ids"] = torch.cat([ids[:, order], ids[:, len(order) :]], dim=1)
+    assert (prompt["input_ids"][0, 1 : 1 + 2 * N] == IMAGE).all()
+    grid = grid_tokens(9, 9, 3)
+    for given in (None, (9, 9)):
+        with shiva_ext.enable(model, FeatherConfig(ratio=0.9, layers=(2,), stride=3, grid=given)) as handle:
+            model(**prompt)
+        for own in handle.kept[0]:
+            assert {*grid, *(N + t for t in grid)} <= set(own.tolist())
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("padding", [0, 4])
+def test_flash_attention_gets_the_mask_that_it_takes(padding):
+    """[B,S] of the tokens that are there, or none; played by sdpa."""
+    from transformers.integrations.sdpa_attention import sdpa_attention_forward
+    from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS, flash_attention_mask
+    from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
+
+    def flash(module, query, key, value, attention_mask, **kwargs):
+        n, m = query.shape[2], key.shape[2]
+        allowed = torch.ones(n, m, dtype=torch.bool).tril(m - n)[None, None]
+        if attention_mask is not None:
+            assert attention_mask.shape == (len(key), m)
+            allowed = allowed & attention_mask.bool()[:, None, None]
+            if n > 1:
+                allowed = allowed | torch.eye(n, m, dtype=torch.bool)  # padding looks at itself
+        return sdpa_attention_forward(module, query, key, value, allowed, **kwargs)
+
+    ALL_ATTENTION_FUNCTIONS.register("flash_played", flash)
+    ALL_MASK_ATTENTION_FUNCTIONS.register("flash_played", flash_attention_mask)
+    prompt, texts = make_prompt(3, padding=padding), []
+    for attention in ("sdpa", "flash_played"):
+        model = make_vlm()
+        model.model.language_model.config._attn_implementation = attention
+        with shiva_ext.enable(model, CONFIG) as handle:
+            out = model.generate(
+                **prompt, max_new_tokens=4, do_sample=False, return_dict_in_generate=True, output_logits=True,
+                suppress_tokens=[IMAGE, 2],
+            )  # fmt: skip
+        assert len({len(own) for own in handle.kept[0]}) > 1
+        texts.append(torch.stack(out.logits))
+    torch.testing.assert_close(*texts, rtol=1e-3, atol=1e-3)
+
+
+@torch.no_grad()
+def test_a_copy_is_pruned_and_undone_by_itself():
+    model, prompt = make_vlm(), make_prompt()
+    dense = model(**prompt).logits
+    handle = shiva_ext.enable(model, CONFIG)
+    pruned = model(**prompt).logits
+    copied = copy.deepcopy(model)
+    handle.kept = "mine"
+    assert torch.equal(copied(**prompt).logits, pruned) and handle.kept == "mine"
+    shiva_ext.disable(copied)
+    assert torch.equal(copied(**prompt).logits, dense) and torch.equal(model(**prompt).logits, pruned)
+
+
+@torch.no_grad()
+def test_729_tokens_keep_between_218_and_299_and_each_its_position():
+    torch.manual_seed(0)
+    vision = CLIPVisionConfig(
+        hidden_size=32, intermediate_size=48, num_hidden_layers=2, num_attention_heads=2, image_size=108, patch_size=4
+    )
+    text = LlamaConfig(**TEXT | {"max_position_embeddings": 1024, "num_hidden_layers": 18})
+    config = LlavaConfig(vision_config=vision, text_config=text, image_token_index=IMAGE, image_seq_length=729)
+    model, seen = LlavaForConditionalGeneration(config).eval(), {}
+    for layer in (8, 16):
+        model.model.language_model.layers[layer].self_attn.register_forward_pre_hook(
+            lambda m, args, kwargs, layer=layer: seen.update({layer: kwargs["position_embeddings"]}), with_kwargs=True
+        )
+    tail = torch.randint(3, 80, (1, 6))
+    ids = torch.cat([torch.tensor([[1]]), torch.full((1, 729), IMAGE), tail], dim=1)
+    with shiva_ext.enable(model, FeatherConfig()) as handle:
+        model(input_ids=ids, pixel_values=torch.randn(1, 3, 108, 108))
+    (first,), (second,) = handle.kept
+    assert 218 <= len(first) <= 299 and len(second) == int(0.3**2 * len(first))
+    for own in (first, second):
+        assert torch.equal(own, own.unique())
+    rotary = model.model.language_model.rotary_emb(torch.zeros(1, 1, 64), torch.arange(736)[None])
+    for layer, own in ((8, first), (16, second)):
+        position = torch.cat([torch.tensor([0]), 1 + own, torch.arange(730, 736)])
+        for got, table in zip(seen[layer], rotary, strict=True):
+            torch.testing.assert_close(got[0], table[0, position])
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("rope", [False, True])
+def test_the_score_without_rope_does_not_see_where_a_picture_stands(rope):
+    """Before layer 1, whose hidden states know no positions yet."""
+    model, prompt = make_vlm(), make_prompt()
+    config, kept = FeatherConfig(ratio=0.8, layers=(1,), stride=0, rope=rope), []
+    position = torch.arange(prompt["input_ids"].shape[1]).repeat(2, 1)
+    for shift in (0, 1, 7, 50):
+        moved = position.clone()
+        moved[:, 1 : 1 + N] += shift
+        moved[:, 1 + N :] += 50
+        with shiva_ext.enable(model, config) as handle:
+            model(**prompt, position_ids=moved)
+        kept.append(torch.stack(handle.kept[0]))
+    same = [torch.equal(kept[0], other) for other in kept[1:]]
+    assert not any(same) if rope else all(same)
 
 
 def test_what_cannot_be_pruned_is_refused():
@@ -240,7 +379,7 @@ def test_what_cannot_be_pruned_is_refused():
     with pytest.raises(ValueError, match="FeatherConfig has all of its settings in it"):
         shiva_ext.enable(model, CONFIG, ratio=0.5)
     with shiva_ext.enable(model, FeatherConfig(ratio=0.5, layers=(2,), grid=(8, 8))):
-        with pytest.raises(ValueError, match="grid is 8 x 8, but the images have 81 tokens each"):
+        with pytest.raises(ValueError, match="81 visual tokens, which are no whole number of pictures of 64"):
             model(**prompt)
     with shiva_ext.enable(model, CONFIG):
         right = dict(prompt, attention_mask=prompt["attention_mask"].clone())

@@ -67,6 +67,9 @@ class FastVConfig:
     ratio: float = 0.75
     layer: int = 3
 
+    def __post_init__(self):
+        self.feather()  # which refuses wrong values
+
     def feather(self) -> FeatherConfig:
         """The same as a setting of FEATHER's code: one stage, no grid, positions and all keys in the score."""
         return FeatherConfig(self.ratio, (self.layer,), stride=0, rope=True)

@@ -2,6 +2,7 @@
 
 import inspect
 from dataclasses import dataclass, field
+from functools import partial
 from itertools import pairwise
 
 import torch
@@ -103,15 +104,21 @@ class FeatherHandle:
 
     # ---- hooks
 
+    @property
+    def _flash(self) -> bool:
+        """Whether attention takes a mask [B,S] of the tokens that are there, and no other."""
+        return "flash" in str(self.language.config._attn_implementation)
+
     def _attach(self) -> None:
         base, first = self.model.model, min(self._stages, default=None)
         if first is None:
             return
+        # Bound methods alone: a deepcopy of the model then has hooks of its own handle.
         self._hooks.append(base.register_forward_pre_hook(self._find_images, with_kwargs=True))
         self._hooks.append(base.register_forward_hook(self._forget, always_call=True))
         layers = self.language.layers
         for index in range(first - 1, len(layers)):
-            enter = self._enter(index)
+            enter = partial(self._enter, index)
             self._hooks.append(layers[index].register_forward_pre_hook(enter, with_kwargs=True))
         self._hooks.append(layers[-1].register_forward_hook(self._restore))
 
@@ -121,21 +128,26 @@ class FeatherHandle:
         ids, past = given.get("input_ids"), given.get("past_key_values")
         self._prompt = self._slots = None
         started = past is not None and past.get_seq_length() > 0
-        length = (ids if ids is not None else given["inputs_embeds"]).shape[1]
-        if started:
-            if length > 1 and hasattr(past, _KEPT):
-                raise RuntimeError(
-                    f"shiva_ext: {length} tokens go on from a prompt whose visual tokens were pruned; one at a time is "
-                    "supported (no assisted generation, no second turn on the same cache)"
-                )
+        embeds = given.get("inputs_embeds")
+        length = (ids if ids is not None else embeds).shape[1]
+        if started and length > 1 and hasattr(past, _KEPT):
+            raise RuntimeError(
+                f"shiva_ext: {length} tokens go on from a prompt whose visual tokens were pruned; one at a time is "
+                "supported (no assisted generation, no second turn on the same cache)"
+            )
+        if ids is None and not (started and length == 1):
+            raise ValueError("shiva_ext: the visual tokens are found by input_ids, which were not given")
+        image = None if ids is None else ids == self.model.config.image_token_id
+        if started and (image is None or not image.any()):
             return
+        if started:
+            raise ValueError(
+                "shiva_ext: the picture comes after what the cache holds already; read the whole prompt in one call "
+                "(no prefix that is kept, no prefill in chunks)"
+            )
+        self.kept, self.lengths = [], []
         if hasattr(past, _KEPT):  # emptied and used again
             delattr(past, _KEPT)
-        if ids is None:
-            if given.get("pixel_values") is not None:
-                raise ValueError("shiva_ext: the visual tokens are found by input_ids, which were not given")
-            return
-        image = ids == self.model.config.image_token_id
         counts = image.sum(dim=1)
         if not counts.any():
             return
@@ -144,36 +156,54 @@ class FeatherHandle:
                 f"shiva_ext: the prompts of a batch must have as many visual tokens each, got {counts.tolist()}"
             )
         mask = given.get("attention_mask")
+        if self.config.rope and torch.is_tensor(mask) and mask.dim() != 2:
+            raise ValueError("shiva_ext: FastV's score needs the padding as a mask [B,S]")
         real = mask.bool() if torch.is_tensor(mask) and mask.dim() == 2 else torch.ones_like(image)
         if not real[:, -1].all():
             raise ValueError("shiva_ext: prompts must be padded on the left: the last token asks for the visual ones")
-        self._prompt = _Prompt(image, real, _per_image(image, int(counts[0])))
-        self.kept, self.lengths = [], [image.shape[1]]
+        self._prompt = _Prompt(image, real, self._per_image(int(counts[0]), len(image), given.get("pixel_values")))
+        self.lengths = [image.shape[1]]
+
+    def _per_image(self, count: int, batch: int, pixels: Tensor | None) -> int:
+        """Visual tokens of one picture, of so many a prompt; needed for the grid alone."""
+        if self.config.grid is not None:
+            size = self.config.grid[0] * self.config.grid[1]
+        elif torch.is_tensor(pixels) and pixels.dim() == 4 and count * batch % len(pixels) == 0:
+            size = count * batch // len(pixels)
+        else:
+            size = getattr(self.model.config, "image_seq_length", None) or count
+        if count % size and self.config.stride:
+            raise ValueError(
+                f"shiva_ext: a prompt has {count} visual tokens, which are no whole number of pictures of {size}; give "
+                "grid=(rows, columns) of one"
+            )
+        return size
 
     def _forget(self, module, args, output) -> None:
         self._prompt = self._slots = None
 
-    def _enter(self, index: int):
-        """The hook before a layer: cut the tokens if a stage begins here, and give the layer what goes with them."""
+    def _enter(self, index: int, module, args, kwargs):
+        """Before a layer: cut the tokens if a stage begins here, and give the layer what goes with those left."""
         stage = self._stages.get(index)
-
-        def hook(module, args, kwargs):
-            hidden = args[0] if args else kwargs.pop("hidden_states")
-            cache, prompt = kwargs.get("past_key_values"), self._prompt
-            if prompt is None:
-                cuts = getattr(cache, _KEPT, {}) if cache is not None else {}
-                if cut := _last_before(cuts, index):
-                    kwargs["attention_mask"] = _mask_of_step(kwargs.get("attention_mask"), cut, cache, hidden)
-                return (hidden,), kwargs
-            if stage is not None:
-                hidden = self._cut(stage, hidden, kwargs, cache)
-            if index + 1 in self._stages:
-                prompt.inputs[index] = hidden
-            if prompt.cuts:
-                kwargs |= _follow(kwargs, prompt.cuts[-1], hidden)
+        hidden = args[0] if args else kwargs.pop("hidden_states")
+        cache, prompt = kwargs.get("past_key_values", kwargs.get("past_key_value")), self._prompt
+        mask = kwargs.get("attention_mask")
+        if mask is not None and not torch.is_tensor(mask):
+            raise TypeError(
+                f"shiva_ext: the attention mask is a {type(mask).__name__}; use sdpa, eager or flash attention"
+            )
+        if prompt is None:
+            cuts = getattr(cache, _KEPT, {}) if cache is not None else {}
+            if cut := _last_before(cuts, index):
+                kwargs["attention_mask"] = _mask_of_step(mask, cut, cache, hidden, self._flash)
             return (hidden,), kwargs
-
-        return hook
+        if stage is not None:
+            hidden = self._cut(stage, hidden, kwargs, cache)
+        if index + 1 in self._stages:
+            prompt.inputs[index] = hidden
+        if prompt.cuts:
+            kwargs |= _follow(kwargs, prompt.cuts[-1], hidden, self._flash)
+        return (hidden,), kwargs
 
     def _cut(self, stage: Stage, hidden: Tensor, kwargs: dict, cache) -> Tensor:
         prompt, B = self._prompt, len(hidden)
@@ -249,15 +279,6 @@ class FeatherHandle:
         return (hidden, *output[1:]) if isinstance(output, tuple) else hidden
 
 
-def _per_image(image: Tensor, count: int) -> int:
-    """Tokens of one image: the length of the first run of visual tokens, if all runs are as long."""
-    row = image[0].int()
-    starts = (row.diff(prepend=row.new_zeros(1)) == 1).nonzero()[:, 0]
-    ends = (row.diff(append=row.new_zeros(1)) == -1).nonzero()[:, 0] + 1
-    lengths = (ends - starts).tolist()
-    return lengths[0] if len(set(lengths)) == 1 else count
-
-
 def _last_before(cuts: dict[int, _Cut], index: int) -> _Cut | None:
     begun = [layer for layer in cuts if layer <= index]
     return cuts[max(begun)] if begun else None
@@ -268,7 +289,7 @@ def _rows(table: Tensor, index: Tensor) -> Tensor:
     return table.expand(len(index), -1, -1).gather(1, index.unsqueeze(-1).expand(-1, -1, table.shape[-1]))
 
 
-def _follow(kwargs: dict, cut: _Cut, hidden: Tensor) -> dict:
+def _follow(kwargs: dict, cut: _Cut, hidden: Tensor, flash: bool) -> dict:
     """A layer's further arguments for the tokens that are left: their own positions, their part of the mask."""
     index, changed = cut.absolute, {}
     changed["position_embeddings"] = tuple(_rows(each, index) for each in kwargs["position_embeddings"])
@@ -282,6 +303,8 @@ def _follow(kwargs: dict, cut: _Cut, hidden: Tensor) -> dict:
         mask = mask.gather(3, columns)
     elif mask is not None:
         mask = mask.gather(1, index)
+    elif cut.masked is not None and flash:  # which takes the tokens that are there
+        mask = torch.ones_like(index)
     elif cut.masked is not None:
         n = index.shape[1]
         mask = torch.ones(n, n, dtype=torch.bool, device=index.device).tril()[None, None].expand(len(index), 1, n, n)
@@ -290,7 +313,7 @@ def _follow(kwargs: dict, cut: _Cut, hidden: Tensor) -> dict:
     return changed
 
 
-def _mask_of_step(mask: Tensor | None, cut: _Cut, cache, hidden: Tensor) -> Tensor | None:
+def _mask_of_step(mask: Tensor | None, cut: _Cut, cache, hidden: Tensor, flash: bool) -> Tensor | None:
     """The mask of one new token for a layer whose cache has the kept part of the prompt, and all that came after it."""
     masked, index = cut.masked, cut.absolute
     if mask is None:
@@ -298,7 +321,7 @@ def _mask_of_step(mask: Tensor | None, cut: _Cut, cache, hidden: Tensor) -> Tens
             return None
         total = cache.get_seq_length(0) - cut.length + index.shape[1]
         mask = torch.ones(len(index), 1, 1, total, dtype=torch.bool, device=index.device)
-        mask = _as_bias(mask, hidden)
+        mask = mask[:, 0, 0].long() if flash else _as_bias(mask, hidden)
     else:
         shape = (-1, mask.shape[1], mask.shape[2], -1) if mask.dim() == 4 else (-1, -1)
         mask = mask.expand(len(index), *mask.shape[1:])
@@ -310,7 +333,7 @@ def _mask_of_step(mask: Tensor | None, cut: _Cut, cache, hidden: Tensor) -> Tens
 
 
 def _as_bias(allowed: Tensor, hidden: Tensor) -> Tensor:
-    """What is added to the logits, which every attention takes; some do not take bool."""
+    """What is added to the logits: eager attention takes no bool."""
     return torch.zeros(allowed.shape, dtype=hidden.dtype, device=hidden.device).masked_fill(
         ~allowed, torch.finfo(hidden.dtype).min
     )
@@ -337,7 +360,8 @@ def language_model(model: nn.Module) -> nn.Module:
     if language is None or not hasattr(model.config, "image_token_id"):
         raise TypeError(
             f"shiva_ext: {name} is no vision-language model of transformers that is known: wanted one such as "
-            "LlavaForConditionalGeneration, with model.language_model and config.image_token_id"
+            "LlavaForConditionalGeneration, with model.language_model and config.image_token_id; of a model with "
+            "PEFT's adapters, get_base_model()"
         )
     kind = language.config.model_type
     if kind not in FAMILIES:
