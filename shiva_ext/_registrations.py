@@ -6,7 +6,6 @@ graphs have no data-dependent operation.
 
 import torch
 from torch import Tensor
-from torch.library import register_autograd
 
 from . import _library  # noqa: F401  (defines the ops)
 
@@ -17,6 +16,29 @@ _autocast = torch.library.Library("shiva", "IMPL")
 def _check(condition, op: str, message: str) -> None:
     if not condition:
         raise RuntimeError(f"shiva::{op}: {message}")
+
+
+def register_autograd(name: str, backward, *, setup_context) -> None:
+    """torch.library's, for a backward that has none of its own: to differentiate it again raises.
+
+    torch would take the gradients for constants, and second derivatives for zero.
+    """
+    message = f"{name.replace('::', '.')} has no second derivative: its gradient cannot be differentiated again"
+
+    def once(ctx, *grads):
+        with torch.no_grad():
+            found = backward(ctx, *grads)
+        used = (*grads, *ctx.saved_tensors) if torch.is_grad_enabled() else ()
+        if not any(isinstance(t, Tensor) and t.requires_grad for t in used):
+            return found
+        outputs = found if isinstance(found, tuple) else (found,)
+        tensors = [t.detach().requires_grad_() for t in outputs if isinstance(t, Tensor)]
+        refusing = torch._C._functions.DelayedError(message.encode(), len(tensors))(*tensors)
+        refusing = iter(refusing if isinstance(refusing, (tuple, list)) else (refusing,))
+        outputs = tuple(next(refusing) if isinstance(t, Tensor) else t for t in outputs)
+        return outputs if isinstance(found, tuple) else outputs[0]
+
+    torch.library.register_autograd(name, once, setup_context=setup_context)
 
 
 def register_fake(name: str):

@@ -70,6 +70,19 @@ def test_each_input_may_be_the_only_one_that_needs_a_gradient(key):
         assert same_bits(got, expected)
 
 
+@pytest.mark.parametrize("key", DIFFERENTIABLE)
+def test_a_second_derivative_is_refused(key):
+    op = OPS[key]
+    arguments, leaves = op.split(op.arguments(Maker(SMALL, torch.float64)))
+    outputs = floating(tuple_of(native(op)(*arguments.values())))
+    loss = sum(out.square().sum() for out in outputs)
+    once = torch.autograd.grad(loss, leaves, retain_graph=True)
+    again = torch.autograd.grad(loss, leaves, create_graph=True)
+    assert all(same_bits(a, b.detach()) for a, b in zip(once, again, strict=True))
+    with pytest.raises(RuntimeError, match=rf"shiva\.{op.name} has no second derivative"):
+        sum(grad.square().sum() for grad in again).backward()
+
+
 @pytest.mark.parametrize("used", [0, 1])
 def test_residual_gate_takes_an_unused_output_as_a_zero_gradient(used):
     m = Maker(SMALL, torch.float64)
