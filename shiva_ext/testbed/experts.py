@@ -81,7 +81,7 @@ def train(
             plain = error()
         return plain + routing.balance_loss(), plain
 
-    found = train_averaged(model, loss, config.steps, config, out / "checkpoints", "control" if control else "experts")
+    found = train_averaged(model, loss, config.steps, config, out / "checkpoints", "experts")  # whose name is a seed
     average = found.model.bfloat16()
     if control:
         save_model(out, average["transformer"], average["prompts"])
