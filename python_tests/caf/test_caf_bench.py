@@ -10,6 +10,7 @@ from shiva_ext.bench import caf as bench
 from shiva_ext.bench.caf_flows import AccelerationFlow, VelocityFlow
 from shiva_ext.caf import fashion
 from shiva_ext.cli import main
+from shiva_ext.testbed import beds
 from shiva_ext.testbed.model import load_model
 from shiva_ext.testbed.sampling import balanced_labels, generate, make_noise
 
@@ -59,7 +60,7 @@ def test_the_bench_writes_its_results_and_goes_on_from_its_cache(trained, model_
     rows = tuple(row for row in bench.ROWS if row.steps < 3) + (bench.Row(bench.TEACHER, bench.TEACHER_STEPS),)
     monkeypatch.setattr(bench, "STRAIGHTNESS_STEPS", 2)
     monkeypatch.setattr(bench, "INVERSION_STEPS", (1,))
-    monkeypatch.setattr(bench, "bootstrap_distances", partial(bench.bootstrap_distances, draws=4))
+    monkeypatch.setattr(beds, "bootstrap_distances", partial(beds.bootstrap_distances, draws=4))
     place = dict(caf=trained / "caf", control=trained / "rectified-flow", dense_model=model_dir)
     place |= dict(out=tmp_path / "results", cache_dir=tmp_path / "cache")
     content = bench.run(12, rows=rows, **place)

@@ -8,6 +8,7 @@ import torch
 from shiva_ext import moe
 from shiva_ext.bench import moe as bench
 from shiva_ext.cli import main
+from shiva_ext.testbed import experts
 from shiva_ext.testbed.model import load_model
 
 
@@ -20,7 +21,22 @@ def trained(tmp_path_factory, model_dir):
     return folder
 
 
-def test_both_begin_as_the_same_model_and_see_the_same(trained, model_dir):
+def test_both_see_the_same_pictures_and_noise(model_dir, tmp_path, monkeypatch):
+    seen, original = [], experts.flow_matching_batch
+
+    def watched(pixels, sigma, generator):
+        noisy, target = original(pixels, sigma, generator)
+        seen[-1].append(noisy)
+        return noisy, target
+
+    monkeypatch.setattr(experts, "flow_matching_batch", watched)
+    for control in (False, True):
+        seen.append([])
+        experts.train(experts.ExpertsConfig(steps=2, batch_size=2), tmp_path / str(control), model_dir, None, control)
+    assert len(seen[0]) == 2 and all(torch.equal(a, b) for a, b in zip(*seen, strict=True))
+
+
+def test_both_begin_as_the_same_model_and_have_the_same_compute(trained, model_dir):
     records = [json.loads((trained / name / "training.json").read_text()) for name in ("experts", "control")]
     assert records[0]["config"] == records[1]["config"] and not records[0]["control"] and records[1]["control"]
     sparse, (dense, _) = moe.load(trained / "experts" / "transformer"), load_model(trained / "control")

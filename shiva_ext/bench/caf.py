@@ -24,7 +24,7 @@ from tqdm import tqdm
 from ..caf import CAFPipeline
 from ..caf.fashion import TEACHER_STEPS
 from ..evaluation.image_metric import fingerprint
-from ..evaluation.metrics import bootstrap_distances, class_accuracy, frechet_distance, gaussian, psnr
+from ..evaluation.metrics import psnr
 from ..evaluation.pareto import DEVIATIONS
 from ..files import write_text
 from ..testbed.beds import Fashion
@@ -154,13 +154,8 @@ class Study:
         file, images = self.file(row), self.images(row)
         if file.is_file():
             return json.loads(file.read_text())
-        labels, real = self.bed.labels(self.samples), self.bed.statistics
-        (features, predicted), centre = self.bed.measure(images), (real["mean"], real["covariance"])
-        draws = bootstrap_distances(features, *centre, seed=self.seed, labels=labels)
-        fid, error = frechet_distance(*gaussian(features), *centre), DEVIATIONS * statistics.stdev(draws)
-        found = dict(method=row.method, steps=row.steps, evaluations=row.evaluations, fid=fid, fid_error=error)
-        found["accuracy"] = class_accuracy(predicted, labels)
-        found["fid_draws"] = [round(each, 4) for each in draws]
+        found = dict(method=row.method, steps=row.steps, evaluations=row.evaluations)
+        found |= self.bed.quality(images, self.bed.labels(self.samples), self.seed)
         if row.method != TEACHER:
             found["psnr_to_teacher"] = psnr(images, self.images(Row(TEACHER, TEACHER_STEPS))).mean().item()
         write_text(file, json.dumps(found))

@@ -13,7 +13,6 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from .. import moe
-from ..evaluation.metrics import bootstrap_distances, class_accuracy, frechet_distance, gaussian
 from ..evaluation.pareto import DEVIATIONS
 from ..testbed.beds import Fashion
 from ..testbed.data import load_split, to_float
@@ -118,12 +117,10 @@ def run(
     models = {DENSE: bed.load(torch.bfloat16), CONTROL: load_model(control, torch.bfloat16)}
     sparse = moe.load(Path(experts) / "transformer").requires_grad_(False)
     models[EXPERTS] = (sparse, load_prompts(experts, torch.bfloat16))
-    labels, noise, real = bed.labels(samples), bed.noise(samples, seed=0), bed.statistics
-    centre, seconds, rows = (real["mean"], real["covariance"]), timing(models, bed, repeats), []
+    labels, noise = bed.labels(samples), bed.noise(samples, seed=0)
+    seconds, rows = timing(models, bed, repeats), []
     for name, (transformer, prompts) in models.items():
         images = generate(transformer, prompts, labels, noise, STEPS, bed.guidance, bed.batch_size)
-        features, predicted = bed.measure(images)
-        draws = bootstrap_distances(features, *centre, seed=0, labels=labels)
         total, active = moe.count_parameters(transformer)
         rows.append(
             dict(
@@ -131,10 +128,7 @@ def run(
                 parameters=total,
                 active=active,
                 held_out_loss=held_out_loss(transformer, prompts, samples, 50, data_dir),
-                fid=frechet_distance(*gaussian(features), *centre),
-                fid_error=DEVIATIONS * statistics.stdev(draws),
-                fid_draws=[round(each, 4) for each in draws],
-                accuracy=class_accuracy(predicted, labels),
+                **bed.quality(images, labels),
                 seconds=seconds[name],
                 relative_time=seconds[name] / seconds[DENSE],
             )
