@@ -66,8 +66,9 @@ def check(wheel: Path, version: str, keep: bool) -> str:
     shutil.rmtree(tests, ignore_errors=True)
     shutil.copytree(ROOT / "python_tests", tests / "python_tests", ignore=shutil.ignore_patterns("__pycache__", *APART))
     # Else pytest would take the checkout's settings, and with them its tests.
-    warnings = "ignore::DeprecationWarning\n    ignore::FutureWarning"
-    (tests / "pytest.ini").write_text(f"[pytest]\npythonpath = python_tests\nfilterwarnings =\n    {warnings}\n")
+    settings = ["pythonpath = python_tests", "timeout = 1200", "filterwarnings ="]
+    settings += ["    ignore::DeprecationWarning", "    ignore::FutureWarning"]
+    (tests / "pytest.ini").write_text("\n".join(["[pytest]", *settings, ""]))
     print(run(python, "-c", PROBE, cwd=tests), end="", flush=True)
     text = run(folder / "bin" / "pytest", "-q", "-p", "no:cacheprovider", "python_tests", cwd=tests)
     if not keep:

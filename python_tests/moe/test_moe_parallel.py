@@ -6,11 +6,10 @@ import os
 import pytest
 import torch
 import torch.distributed as dist
-import torch.multiprocessing as mp
+from processes import free_port, run_two
 from torch import nn
 from torch.nn import functional as F
 from torch.nn.parallel import DistributedDataParallel
-from training.test_processes import free_port
 
 from shiva_ext import moe
 from shiva_ext.moe import MoEConfig, SparseMoE, record_routing
@@ -94,13 +93,14 @@ def worker(rank: int, world: int, port: int, folder: str) -> None:
     result = dict(losses=losses, held=held, refused=refused, unsaved=unsaved, state=model.state_dict())
     result |= dict(overwritten=overwritten, moved=not same, count=count)
     torch.save(result, os.path.join(folder, f"{rank}.pt"))
+    del wrapped  # see data_parallel
     dist.destroy_process_group()
 
 
 def test_two_processes_train_as_one(tmp_path):
     model = make_model()
     wanted = train(model, model, 0, 1)
-    mp.start_processes(worker, (2, free_port(), str(tmp_path)), nprocs=2, start_method="spawn")
+    run_two(worker, 2, free_port(), str(tmp_path))
     results = [torch.load(tmp_path / f"{rank}.pt", weights_only=True) for rank in range(2)]
     for result in results:
         assert result["held"] == [2, 2]

@@ -7,6 +7,7 @@ from dataclasses import asdict
 import pytest
 import torch
 import torch.distributed as dist
+from processes import run_two
 
 from shiva_ext.selection import BudgetLoss, PolicyConfig, RatioPolicy
 
@@ -149,4 +150,4 @@ def _one_rank(rank, folder):
 
 
 def test_the_average_is_taken_over_all_ranks(tmp_path):
-    torch.multiprocessing.spawn(_one_rank, args=(tmp_path,), nprocs=2)
+    run_two(_one_rank, tmp_path)

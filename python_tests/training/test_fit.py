@@ -6,10 +6,10 @@ import shutil
 
 import pytest
 import torch
-import torch.multiprocessing as mp
 import yaml
 from diffusers import StableDiffusion3Pipeline
 from PIL import Image
+from processes import free_port, run_two
 
 import shiva_ext
 from shiva_ext.cli import main
@@ -17,7 +17,6 @@ from shiva_ext.training import checkpoint
 from shiva_ext.training.config import TrainConfig, read_config
 from shiva_ext.training.fit import fit, load_pipeline
 
-from .test_processes import free_port
 from .tiny_pipeline import SIDE, save_images, save_pipeline
 
 SETTINGS = dict(
@@ -171,7 +170,7 @@ def worker(rank: int, port: int, *arguments) -> None:
 def test_two_processes_make_one_artefact_and_end_well(model, data, tmp_path):
     config = TrainConfig(**SETTINGS)
     out = tmp_path / "out"
-    mp.start_processes(worker, (free_port(), str(model), data, out, config), nprocs=2, start_method="spawn")
+    run_two(worker, free_port(), str(model), data, out, config)
     one = fit(str(model), data, tmp_path / "one", config)
     assert {p.name for p in (out / "encodings").iterdir()} == {p.name for p in (one / "encodings").iterdir()}
     assert (out / "report.html").is_file() and len(list((out / "samples").iterdir())) == 2

@@ -7,8 +7,8 @@ from functools import partial
 import pytest
 import torch
 import torch.distributed as dist
-import torch.multiprocessing as mp
 from models.test_pixart import make_model as build_pixart
+from processes import free_port, run_two
 
 import shiva_ext
 from shiva_ext.methods import TRAINED, DiffCR, DyDiT, SparseDiT
@@ -18,7 +18,6 @@ from shiva_ext.training.method_trainer import MethodTrainer
 from shiva_ext.training.objectives import objective_for
 
 from .runs import CONFIG, losses, next_batch, tiny_model
-from .test_processes import free_port
 from .test_recipes import CASES
 
 SETTINGS = {
@@ -117,7 +116,7 @@ def test_two_processes_give_the_losses_of_one(tmp_path):
             trainer.run()
     finally:
         torch.set_num_threads(threads)
-    mp.start_processes(worker, (2, free_port(), str(tmp_path)), nprocs=2, start_method="spawn")
+    run_two(worker, 2, free_port(), str(tmp_path))
     results = [torch.load(tmp_path / f"{rank}.pt", weights_only=True) for rank in range(2)]
     for name, trainer in wanted.items():
         for result in results:

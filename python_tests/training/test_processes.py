@@ -1,20 +1,13 @@
 """Two processes do what one does with the same global batch."""
 
 import os
-import socket
 
 import pytest
 import torch
 import torch.distributed as dist
-import torch.multiprocessing as mp
+from processes import free_port, run_two
 
 from .runs import everything, losses, make_trainer
-
-
-def free_port() -> int:
-    with socket.socket() as s:
-        s.bind(("127.0.0.1", 0))
-        return s.getsockname()[1]
 
 
 def worker(rank: int, world: int, port: int, folder: str, changes: dict) -> None:
@@ -27,8 +20,8 @@ def worker(rank: int, world: int, port: int, folder: str, changes: dict) -> None
     dist.destroy_process_group()
 
 
-def run_two(folder, **changes) -> list[dict]:
-    mp.start_processes(worker, (2, free_port(), str(folder), changes), nprocs=2, start_method="spawn")
+def train_on_two(folder, **changes) -> list[dict]:
+    run_two(worker, 2, free_port(), str(folder), changes)
     return [torch.load(folder / f"{rank}.pt", weights_only=True) for rank in range(2)]
 
 
@@ -42,7 +35,7 @@ def test_two_processes_give_the_losses_and_the_budget_of_one(tmp_path, sharding)
     finally:
         torch.set_num_threads(threads)
     wanted, history = everything(trainer), losses(trainer)
-    results = run_two(tmp_path, sharding=sharding)
+    results = train_on_two(tmp_path, sharding=sharding)
     for result in results:
         assert [{k: e[k] for k in ("stage", "step")} for e in result["history"]] == [
             {k: e[k] for k in ("stage", "step")} for e in history

@@ -171,6 +171,10 @@ def data_parallel(model: nn.Module, **options) -> DistributedDataParallel:
     Args:
         model: the module that is to be wrapped, which has them anywhere inside; compiled or not.
         options: of ``DistributedDataParallel``.
+
+    Note:
+        Drop the last reference to what is returned before ``torch.distributed.destroy_process_group()``: a group that
+        ends with it, under gloo, can wait forever for a thread that still holds tensors of an all-to-all.
     """
     before = getattr(model, _IGNORED, ())
     DistributedDataParallel._set_params_and_buffers_to_ignore_for_model(model, {*before, *_own_names(model)})
