@@ -39,6 +39,7 @@ _SUBMODULES = (
     "selection",
     "testbed",
     "training",
+    "vit",
     "vlm",
 )
 

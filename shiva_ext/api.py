@@ -23,6 +23,8 @@ from .models import adapter_for
 from .reconstruct import CHOICES, IDENTITY
 from .scheduler_watch import SchedulerWatch
 from .selection import RatioTable, default_tile
+from .vit import PatchConfig, PatchPruner, ViTHandle
+from .vit.handle import enable_patches, get_patches
 from .vlm import FastVConfig, FeatherConfig, FeatherHandle
 from .vlm.feather import enable_feather, get_feather
 
@@ -220,7 +222,7 @@ def enable(
     fused: bool = True,
     reconstruct: str = IDENTITY,
     component: str = "transformer",
-) -> "Handle | CacheHandle | Together | FeatherHandle":
+) -> "Handle | CacheHandle | Together | FeatherHandle | ViTHandle":
     """Make a model process only the tokens that matter, or compute only the steps that do.
 
     A selection of tokens and a cache are enabled by a call each, in any order, and work together; a second selection
@@ -236,7 +238,8 @@ def enable(
             calibrate`` has written, or a cache config of diffusers; all further arguments but ``batched_guidance`` and
             ``component`` are for selections. Or a :class:`Configuration` of both, or the ``.json`` file of one that
             ``shiva tune`` has written. Or, for a vision-language model of transformers, a
-            :class:`~shiva_ext.vlm.FeatherConfig` or :class:`~shiva_ext.vlm.FastVConfig`, alone.
+            :class:`~shiva_ext.vlm.FeatherConfig` or :class:`~shiva_ext.vlm.FastVConfig`, alone. Or, for a vision
+            transformer of transformers, a :class:`~shiva_ext.vit.PatchPruner`, alone.
         ratio: keep this share of the tokens in every layer and step instead of the learned schedule; 1 is dense.
         budget: keep the learned schedule's form, but move it to this mean share, without training. The token counts
             of all steps and layers then meet it to within one tile (of every step that shares it), at the model's own
@@ -267,7 +270,8 @@ def enable(
 
     Returns:
         A :class:`Handle`, for a cache a :class:`CacheHandle`, for a vision-language model a
-        :class:`~shiva_ext.vlm.FeatherHandle`; use it as a context manager to disable it at the end.
+        :class:`~shiva_ext.vlm.FeatherHandle`, for a vision transformer a :class:`~shiva_ext.vit.ViTHandle`; use it as a
+        context manager to disable it at the end.
 
     Raises:
         TypeError: an unknown model family or source.
@@ -281,6 +285,10 @@ def enable(
         if asked or batched_guidance is not None:
             raise ValueError(f"shiva_ext: {type(source).__name__} has all of its settings in it; no other is for it")
         return enable_feather(transformer, source)
+    if isinstance(source, (PatchPruner, PatchConfig)):
+        if asked or batched_guidance is not None:
+            raise ValueError(f"shiva_ext: {type(source).__name__} has all of its settings in it; no other is for it")
+        return enable_patches(transformer, source)
     if isinstance(source, (str, os.PathLike)) and Path(source).suffix == ".json" and is_configuration(source):
         source = Configuration.load(source)
     if isinstance(source, Configuration):
@@ -402,8 +410,9 @@ def disable(pipe_or_transformer) -> None:
         if (cached := get_cache(transformer)) is not None:
             cached.disable()
         _disable_selection(transformer)
-        if (pruned := get_feather(transformer)) is not None:
-            pruned.disable()
+        for pruned in (get_feather(transformer), get_patches(transformer)):
+            if pruned is not None:
+                pruned.disable()
 
 
 def _disable_selection(transformer: nn.Module) -> None:
