@@ -215,7 +215,8 @@ class Study:
         return [json.loads(self._timing_file(row).read_text()) for row in rows]
 
     def _timing_file(self, row: Row) -> Path:
-        return self._file(row, timing=self.timing_repeats, threads=torch.get_num_threads())
+        # Beside the dense model at the study's own number of steps.
+        return self._file(row, timing=self.timing_repeats, threads=torch.get_num_threads(), dense_steps=self.steps)
 
     def _time(self, rows: list[Row]) -> None:
         labels, noise = self.bed.labels(self.batch_size), self.bed.noise(self.batch_size, seed=0)
