@@ -52,6 +52,12 @@ def _bench_feather(args) -> None:
     run(args.vlm, args.samples, args.data_dir, args.out)
 
 
+def _bench_vit(args) -> None:
+    from ..bench.vit import run
+
+    run(args.vit, args.samples, args.repeats, args.data_dir, args.out)
+
+
 def _bench_compose(args) -> None:
     from ..bench.compose import run
 
@@ -103,6 +109,7 @@ def add(commands) -> None:
     from ..testbed.experts import CONTROL_DIR as DENSE_ON_DIR
     from ..testbed.experts import EXPERTS_DIR
     from ..testbed.quadrants import VLM_DIR
+    from ..testbed.vit import VIT_DIR
 
     bench = commands.add_parser("bench", help="small experiments").add_subparsers(required=True, dest="what")
     sub = bench.add_parser("synthetic", help="the paper's synthetic task (A.3)")
@@ -151,6 +158,14 @@ def add(commands) -> None:
     sub.add_argument("--data-dir", help="folder of the Fashion-MNIST .gz files")
     sub.add_argument("--out", default="results", help="folder of feather.json and feather.png")
     sub.set_defaults(run=_bench_feather)
+
+    sub = bench.add_parser("vit", help="fewer patches in 'shiva train vit's models: accuracy against patches and time")
+    sub.add_argument("--samples", type=int, default=10000, help="test pictures")
+    sub.add_argument("--repeats", type=int, default=15, help="timed pairs a row")
+    sub.add_argument("--vit", default=VIT_DIR, help="folder of 'shiva train vit'")
+    sub.add_argument("--data-dir", help="folder of the Fashion-MNIST .gz files")
+    sub.add_argument("--out", default="results", help="folder of vit.json and vit.png")
+    sub.set_defaults(run=_bench_vit)
 
     sub = bench.add_parser("pareto", help="every method at several strengths: quality against time, as a page")
     sub.add_argument("--testbed", default="fashion", help="fashion or emoji")

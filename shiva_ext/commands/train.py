@@ -101,6 +101,12 @@ def _train_vlm(args) -> None:
     train(config_of(args, VLMConfig), args.out, args.data_dir)
 
 
+def _train_vit(args) -> None:
+    from ..testbed.vit import ViTTrainConfig, train
+
+    train(config_of(args, ViTTrainConfig), args.out, args.methods, args.data_dir)
+
+
 def _train_testbed(args) -> None:
     from ..testbed.train_shiva import train
     from ..training.config import TrainConfig
@@ -121,6 +127,7 @@ def add(commands) -> None:
     from ..testbed.experts import ExpertsConfig
     from ..testbed.quadrants import VLMConfig
     from ..testbed.train_shiva import TESTBED_CONFIG
+    from ..testbed.vit import ViTTrainConfig
 
     train = commands.add_parser("train", help="train selection for your model on your images, or a testbed's models")
     _add_train_options(train)
@@ -134,6 +141,7 @@ def add(commands) -> None:
         ("testbed", _train_testbed, TESTBED_CONFIG, "router, policy and adapters of the testbed's model"),
         ("experts", _train_experts, ExpertsConfig(), "experts in the place of the testbed's dense MLPs"),
         ("vlm", _train_vlm, VLMConfig(), "a small vision-language model that must look at the right place"),
+        ("vit", _train_vit, ViTTrainConfig(), "a small vision transformer, and the ways to prune its patches"),
         ("caf", _train_caf, CAF_CONFIG, "constant acceleration flow on pairs of the testbed's model: few steps"),
         ("rectified-flow", _train_rectified_flow, CAF_CONFIG, "the control of caf: a rectified flow on the same pairs"),
     ):
@@ -154,6 +162,8 @@ def add(commands) -> None:
             sub.add_argument("--dense-model", help="dense model's folder; by default the one that ships")
             sub.add_argument("--resume", action="store_true", help="go on from the last checkpoint in --out")
             sub.add_argument("--control", action="store_true", help="fine-tune densely instead, as the control")
+        if name == "vit":
+            sub.add_argument("--methods", nargs="+", metavar="NAME", help="some of the ways to prune; by default all")
         if name == "experts":
             sub.add_argument("--dense-model", help="where to start; by default the one that ships")
             sub.add_argument("--control", action="store_true", help="train the dense model on instead, as the control")

@@ -60,6 +60,7 @@ def train_averaged(
     name: str,
     weight_decay: float = 0.01,
     compiled: Iterable[nn.Module] = (),
+    before_step: Callable[[int], None] | None = None,
 ) -> Averaged:
     """Train a model for a number of steps; go on from the newest checkpoint, bit for bit on the CPU.
 
@@ -72,6 +73,7 @@ def train_averaged(
         folder: of the checkpoints.
         name: of the run, for its seeds and the progress bar.
         weight_decay: of AdamW.
+        before_step: called with each step's number, from 0, for what changes in the course of the run.
         compiled: parts of the model to compile on a GPU, whose small kernels the host cannot start as fast as they end.
 
     Raises:
@@ -105,6 +107,8 @@ def train_averaged(
             for group in optimizer.param_groups:
                 fall = (steps - step) / max(1, config.decay * steps)
                 group["lr"] = config.lr * min(1.0, (step + 1) / max(1, config.warmup), fall)
+            if before_step is not None:
+                before_step(step)
             error = loss(generator)
             error, shown = error if isinstance(error, tuple) else (error, error)
             optimizer.zero_grad(set_to_none=True)
