@@ -42,6 +42,7 @@ endfunction()
 # The kernels and their launchers; also what the simulator builds.
 set(SHIVA_CUDA_SOURCES
   csrc/cuda/counterfactual_scatter.cu
+  csrc/cuda/ema_scan.cu
   csrc/cuda/expert_rows.cu
   csrc/cuda/facility_location.cu
   csrc/cuda/gather_modulate.cu

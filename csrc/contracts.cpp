@@ -256,6 +256,23 @@ Routed check_expert_combine_backward(
   return routed;
 }
 
+Scan check_ema_scan(const char* op, const Tensor& x, const Tensor& p, Place place) {
+  check_dim(op, "x", x, 3, place);
+  const Dtype dtype = floating_dtype(op, "x", x);
+  const int64_t B = x.size(0), M = x.size(1), D = x.size(2);
+  check_shape(op, "p", p, {B, M}, place);
+  return {dtype, B, M, D, D * static_cast<int64_t>(x.element_size()), as_accumulate(op, "p", p, x)};
+}
+
+Scan check_ema_scan_backward(
+    const char* op, const Tensor& grad, const Tensor& x, const Tensor& p, const Tensor& e, Place place) {
+  const Scan scan = check_ema_scan(op, x, p, place);
+  const std::vector<int64_t> shape = {scan.B, scan.M, scan.D};
+  check_like(op, "grad", grad, shape, "x", x, place);
+  check_like(op, "e", e, shape, "x", x, place);
+  return scan;
+}
+
 RouterArguments check_router_score(
     const char* op, const Tensor& x, const Tensor& context, const Tensor& w_in, const Tensor& ln_weight,
     const Tensor& ln_bias, const Tensor& w_out, double eps, Place place) {

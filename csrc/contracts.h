@@ -92,6 +92,17 @@ Routed check_expert_combine(const char* op, const Tensor& rows, const Tensor& pl
 Routed check_expert_combine_backward(
     const char* op, const Tensor& grad, const Tensor& rows, const Tensor& place, const Tensor& weight, Place where);
 
+// Of rows [B, M, D] and a weight for each.
+struct Scan {
+  Dtype dtype;
+  int64_t B, M, D;
+  int64_t row_bytes;
+  Tensor p;  // [B, M], contiguous, in the accumulation dtype
+};
+Scan check_ema_scan(const char* op, const Tensor& x, const Tensor& p, Place place);
+Scan check_ema_scan_backward(
+    const char* op, const Tensor& grad, const Tensor& x, const Tensor& p, const Tensor& e, Place place);
+
 RouterArguments check_router_score(
     const char* op, const Tensor& x, const Tensor& context, const Tensor& w_in, const Tensor& ln_weight,
     const Tensor& ln_bias, const Tensor& w_out, double eps, Place place);

@@ -86,6 +86,11 @@ inline void define_ops(torch::stable::detail::StableLibrary& m) {
   m.def(
       "expert_combine_backward(Tensor grad, Tensor rows, Tensor place, Tensor weight) "
       "-> (Tensor grad_rows, Tensor grad_weight)");
+
+  // The moving average e_m = p_m x_m + (1 - p_m) e_{m-1} of rows x [B, M, D] with p [B, M], from e = 0. Where p is 1 it
+  // starts afresh.
+  m.def("ema_scan(Tensor x, Tensor p) -> Tensor");
+  m.def("ema_scan_backward(Tensor grad, Tensor x, Tensor p, Tensor e) -> (Tensor grad_x, Tensor grad_p)");
 }
 
 }  // namespace shiva

@@ -474,3 +474,30 @@ def _expert_combine_backward(ctx, grad):
 
 register_autograd("shiva::expert_combine", _expert_combine_backward, setup_context=_expert_combine_setup)
 _register_autocast("expert_combine", lambda _, rows, place, weight: (rows, place, _cast(weight, _acc(rows))))
+
+
+# ema_scan
+
+
+@register_fake("shiva::ema_scan")
+def _(x, p):
+    return torch.empty(x.shape, dtype=x.dtype, device=x.device)
+
+
+@register_fake("shiva::ema_scan_backward")
+def _(grad, x, p, e):
+    return torch.empty(x.shape, dtype=x.dtype, device=x.device), p.new_empty(p.shape, dtype=_acc(x))
+
+
+def _ema_scan_setup(ctx, inputs, output):
+    ctx.save_for_backward(*inputs, output)
+
+
+def _ema_scan_backward(ctx, grad):
+    x, p, e = ctx.saved_tensors
+    grad_x, grad_p = _ops.ema_scan_backward(grad, x, p, e)
+    return grad_x, _cast(grad_p, p.dtype)
+
+
+register_autograd("shiva::ema_scan", _ema_scan_backward, setup_context=_ema_scan_setup)
+_register_autocast("ema_scan", lambda _, x, p: (x, _cast(p, _acc(x))))

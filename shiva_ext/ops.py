@@ -246,3 +246,19 @@ def expert_combine(rows: Tensor, place: Tensor, weight: Tensor) -> Tensor:
         [T,D].
     """
     return _ops.expert_combine(rows, place, weight)
+
+
+def ema_scan(x: Tensor, p: Tensor) -> Tensor:
+    """The moving average ``e_m = p_m x_m + (1 - p_m) e_{m-1}`` along the rows, from e = 0.
+
+    Where p is 1 it starts afresh, and nothing of what was before comes through, not even a NaN: several sequences can
+    stand in one row.
+
+    Args:
+        x: [B,M,D].
+        p: [B,M], in the dtype of x or the one that sums are taken in. Not looked at: meant are 0 to 1.
+
+    Returns:
+        [B,M,D].
+    """
+    return _ops.ema_scan(x, p)

@@ -22,6 +22,7 @@ from torch.autograd.function import once_differentiable
 __all__ = [
     "counterfactual_scatter",
     "counterfactual_scatter_backward",
+    "ema_scan",
     "expert_combine",
     "expert_dispatch",
     "facility_location",
@@ -420,3 +421,26 @@ def expert_combine(rows: Tensor, place: Tensor, weight: Tensor) -> Tensor:
     padded = F.pad(_wide(rows), (0, 0, 0, 1))  # a row of zeros, which -1 takes
     each = weight.to(padded.dtype).unsqueeze(-1) * padded[place.long()]
     return torch.where(place.unsqueeze(-1) >= 0, each, 0).sum(dim=1).to(rows.dtype)
+
+
+def ema_scan(x: Tensor, p: Tensor) -> Tensor:
+    """The moving average ``e_m = p_m x_m + (1 - p_m) e_{m-1}`` along the rows, from e = 0.
+
+    Where p is 1 it starts afresh, and nothing of what was before comes through, not even a NaN: several sequences can
+    stand in one row.
+
+    Args:
+        x: [B,M,D].
+        p: [B,M], in the dtype of x or the accumulation dtype.
+
+    Returns:
+        [B,M,D] in the dtype of x.
+    """
+    wide = _wide(x)
+    p, state, found = p.to(wide.dtype), torch.zeros_like(wide[:, :0].sum(dim=1)), []
+    for m in range(x.shape[1]):
+        share = p[:, m, None]
+        before = torch.where((share == 1) & ~state.isfinite(), 0, state)
+        state = share * wide[:, m] + (1 - share) * before
+        found.append(state)
+    return (torch.stack(found, dim=1) if found else p.unsqueeze(-1) * wide).to(x.dtype)

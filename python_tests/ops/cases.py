@@ -184,6 +184,16 @@ class Maker:
     def inclusion(self) -> Tensor:
         return self._batch(lambda B: self._values((B, self.N), "random").sigmoid().to(wide(self.dtype)))
 
+    def restarts(self) -> Tensor:
+        """[B,N] in [0, 1], the ends among them."""
+
+        def rows(B: int) -> Tensor:
+            p = self._values((B, self.N), "random").sigmoid()
+            chance = torch.rand((B, self.N), generator=self.generator)
+            return p.masked_fill(chance < 0.1, 1.0).masked_fill(chance > 0.9, 0.0).to(wide(self.dtype))
+
+        return self._batch(rows)
+
     def scale(self) -> Tensor:
         """[B,D], never infinite: what that does to a LayerNorm's gradient depends on the order of its terms."""
         return self.floats(self.D, content="random" if self.content == "inf" else None)
@@ -357,6 +367,14 @@ OPS = {
         lambda m: {"rows": m.expert_rows(), "place": m.place(), "weight": m.expert_weight()},
         leaves=("rows", "weight"),
         terms=lambda size: size.D + CHOICES,
+    ),
+    "ema_scan": Op(
+        "ema_scan",
+        lambda m: {"x": m.tokens(), "p": m.restarts()},
+        leaves=("x", "p"),
+        terms=lambda size: size.N + size.D,
+        gradient_content="random",
+        rounds_hidden=True,
     ),
     "facility_location": Op(
         "facility_location", lambda m: {"similarity": m.floats(m.N, m.N), "count": m.k if m.N < 100 else min(m.k, 3)}

@@ -27,6 +27,7 @@ TENSORS = {
     "facility_location": ("similarity",),
     "expert_dispatch": ("x", "experts"),
     "expert_combine": ("rows", "place", "weight"),
+    "ema_scan": ("x", "p"),
 }
 INDICES = ("index", "kept", "position", "experts", "place")
 ARGUMENTS = [(op, name) for op, names in TENSORS.items() for name in names]
@@ -51,6 +52,7 @@ MISMATCHES = [
     *[("scatter_residual", "gate", d) for d in (0, 1)],
     *[("scatter_mean", "position", d) for d in (0, 1)],
     *[("facility_location", "similarity", d) for d in (1, 2)],
+    *[("ema_scan", "p", d) for d in (0, 1)],
     ("expert_dispatch", "experts", 0),
     *[("expert_combine", name, d) for name in ("place", "weight") for d in (0, 1)],
 ]

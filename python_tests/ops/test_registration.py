@@ -44,6 +44,7 @@ BACKWARD = {
         m.place(),
         m.expert_weight(),
     ),
+    "ema_scan_backward": lambda m: (m.tokens(), m.tokens(), m.restarts(), m.tokens()),
     "scatter_mean_backward": lambda m: (m.floats(m.num_groups, m.D), m.groups()),
 }
 

@@ -71,6 +71,12 @@ FORMS = {
         }
         for name in ("expert_dispatch", "expert_dispatch with a capacity", "expert_combine")
     },
+    "ema_scan": {  # chunks of 64 tokens, blocks of 128 channels
+        "one chunk": Size(B=2, N=64, k=1, D=128, H=1),
+        "a chunk and a bit": Size(B=2, N=65, k=1, D=129, H=1),
+        "many chunks": Size(B=1, N=1100, k=1, D=5, H=1),
+        "many tiles": Size(B=1, N=70, k=1, D=600, H=1),
+    },
     "facility_location": {
         "one block": Size(B=1, N=256, k=3, D=1, H=1),
         **{f"{N} tokens": Size(B=1, N=N, k=3, D=1, H=1) for N in (257, 288, 300, 320, 513, 600)},

@@ -25,7 +25,7 @@ PLAIN = [
     SIZES,
     INPLACE,
     *(f"python_tests/ops/test_{name}.py" for name in ("errors", "gradients", "properties", "determinism")),
-    *(f"python_tests/ops/test_{name}.py" for name in ("scatter_mean", "facility_location", "expert_rows")),
+    *(f"python_tests/ops/test_{name}.py" for name in ("scatter_mean", "facility_location", "expert_rows", "ema_scan")),
     "python_tests/simt/test_geometry.py",
 ]
 # Out-of-bounds accesses and races hang on sizes and strides, hardly on values: the slow builds see a part of the cases.
