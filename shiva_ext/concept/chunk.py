@@ -1,0 +1,143 @@
+"""Tokens to concepts and back (ConceptMoE, arXiv 2601.21420)."""
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from shiva_ext import ops
+
+REDUCTIONS = ("sum", "last", "first")
+
+
+@dataclass
+class Chunks:
+    """How a batch of sequences was cut.
+
+    Attributes:
+        probability: p [B,N], of a boundary at each token; 1 at the first.
+        boundary: b bool [B,N]; the first token always is one.
+        position: int64 [B,M], the token that opens each concept; a shorter sample's spare ones repeat its last.
+        concept: int64 [B,N], the concept that each token may look at: the latest that is made of tokens up to it alone,
+            or -1 before there is one.
+        loss: scalar, how far the share of boundaries is from 1 / R.
+    """
+
+    probability: Tensor
+    boundary: Tensor
+    position: Tensor
+    concept: Tensor
+    loss: Tensor
+
+
+def ratio_loss(boundary: Tensor, probability: Tensor, ratio: float) -> Tensor:
+    """``R F G + R / (R - 1) (1 - F)(1 - G)`` with F the mean of b and G that of p: 1 at F = G = 1 / R, its least.
+
+    Over all tokens together; the gradient goes through G alone.
+    """
+    share, mean = boundary.detach().to(probability.dtype).mean(), probability.mean()
+    return ratio * share * mean + ratio / (ratio - 1) * (1 - share) * (1 - mean)
+
+
+def sharpen(probability: Tensor, tau: float) -> Tensor:
+    """``p^(1/tau)`` from .5 on, ``1 - (1 - p)^(1/tau)`` below: what boundaries are drawn by in training."""
+    return torch.where(probability >= 0.5, probability ** (1 / tau), 1 - (1 - probability) ** (1 / tau))
+
+
+class Chunk(nn.Module):
+    """Cut sequences where a token's query is unlike the key of the one before it.
+
+    ``p_n = (1 - cos(q_n, k_(n-1))) / 2``, a boundary where it is at least .5.
+
+    Args:
+        dim: D.
+        ratio: R, tokens a concept; above 1.
+        reduction: what a concept is made of: the "sum" of its tokens, the "last" one, or the "first", its boundary.
+        tau: sharpness of the noise on boundaries in training; None for none.
+        fixed: cut every ``ratio`` tokens instead, for comparison.
+    """
+
+    def __init__(
+        self, dim: int, ratio: float = 2.0, reduction: str = "sum", tau: float | None = 6.0, fixed: bool = False
+    ):
+        super().__init__()
+        if not ratio > 1:
+            raise ValueError(f"ratio, tokens a concept, must be above 1, got {ratio}")
+        if reduction not in REDUCTIONS:
+            raise ValueError(f"reduction must be one of {', '.join(REDUCTIONS)}, got {reduction!r}")
+        if tau is not None and not tau >= 1:
+            raise ValueError(f"tau must be at least 1, or None, got {tau}")
+        self.ratio, self.reduction, self.tau, self.fixed = ratio, reduction, tau, fixed
+        self.query = nn.Linear(dim, dim, bias=False)
+        self.key = nn.Linear(dim, dim, bias=False)
+
+    def forward(self, hidden: Tensor, generator: torch.Generator | None = None) -> tuple[Tensor, Chunks]:
+        """hidden [B,N,D] -> concepts [B,M,D], right-padded to the longest sample's M, and how they were cut.
+
+        Padding comes last, so that a causal model needs no mask for it.
+        """
+        probability = self.probability(hidden)
+        boundary = self._boundary(probability, generator)
+        counts = boundary.sum(dim=1)
+        most = int(counts.max())
+        order = torch.arange(boundary.shape[1], device=hidden.device)
+        position = order.expand_as(boundary).masked_fill(~boundary, boundary.shape[1]).sort(dim=1).values[:, :most]
+        last = position.gather(1, counts[:, None] - 1)
+        position = torch.minimum(position, last)
+        number = boundary.long().cumsum(dim=1) - 1
+        concepts = self._reduce(hidden, number, position, counts)
+        # The sum and the last token of a chunk are not known before it ends.
+        concept = number if self.reduction == "first" else number - 1
+        loss = ratio_loss(boundary, probability, self.ratio)
+        return concepts, Chunks(probability, boundary, position, concept, loss)
+
+    def probability(self, hidden: Tensor) -> Tensor:
+        """p [B,N] of hidden [B,N,D]."""
+        if self.fixed:
+            n = torch.arange(hidden.shape[1], device=hidden.device)
+            cut = (n / self.ratio).long() != ((n - 1) / self.ratio).floor().long()
+            return cut.to(hidden.dtype).expand(len(hidden), -1)
+        likeness = F.cosine_similarity(self.query(hidden[:, 1:]), self.key(hidden[:, :-1]), dim=-1)
+        return F.pad((1 - likeness.float()) / 2, (1, 0), value=1.0).to(hidden.dtype)
+
+    def _boundary(self, probability: Tensor, generator: torch.Generator | None) -> Tensor:
+        if self.training and self.tau is not None and not self.fixed:
+            sharp = sharpen(probability.detach().float(), self.tau)
+            drawn = torch.rand(sharp.shape, generator=generator, device=sharp.device) < sharp
+            drawn[:, 0] = True
+            return drawn
+        return probability >= 0.5
+
+    def _reduce(self, hidden: Tensor, number: Tensor, position: Tensor, counts: Tensor) -> Tensor:
+        if self.reduction == "first":
+            return ops.token_gather(hidden, position)
+        last = torch.cat([position[:, 1:] - 1, torch.full_like(counts[:, None], hidden.shape[1] - 1)], dim=1)
+        spare = torch.arange(position.shape[1], device=hidden.device) >= counts[:, None] - 1
+        last = last.masked_fill(spare, hidden.shape[1] - 1)
+        if self.reduction == "last":
+            return ops.token_gather(hidden, last)
+        total = hidden.float().cumsum(dim=1)
+        until = ops.token_gather(total, last)
+        before = F.pad(until, (0, 0, 1, 0))[:, :-1]
+        return (until - before).to(hidden.dtype)
+
+
+class Dechunk(nn.Module):
+    """Concepts back to tokens: an average that moves on by p, and each token's latest concept.
+
+    ``e_m = p_m c_m + (1 - p_m) e_(m-1)`` over the concepts, ``z_n = h_n + s_n e_(concept of n)`` with s a factor that
+    is 1 and passes the gradient on to the probability that was chosen (p at a boundary, 1 - p elsewhere).
+    """
+
+    def forward(self, hidden: Tensor, concepts: Tensor, chunks: Chunks) -> tuple[Tensor, Tensor]:
+        """hidden [B,N,D] and what the concept model made of the concepts [B,M,D] -> z [B,N,D], and c [B,N,D], each
+        token's concept without the factor, for joint decoding."""
+        p = chunks.probability.gather(1, chunks.position).float()
+        p = torch.cat([torch.ones_like(p[:, :1]), p[:, 1:]], dim=1)
+        averages = ops.ema_scan(concepts, p)
+        known = chunks.concept >= 0
+        mine = ops.token_gather(averages, chunks.concept.clamp_min(0)) * known.unsqueeze(-1)
+        chosen = torch.where(chunks.boundary, chunks.probability, 1 - chunks.probability)
+        factor = 1 + chosen - chosen.detach()
+        return hidden + factor.unsqueeze(-1) * mine, mine
