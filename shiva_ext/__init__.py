@@ -32,6 +32,7 @@ _SUBMODULES = (
     "bench",
     "caches",
     "caf",
+    "concept",
     "evaluation",
     "methods",
     "models",

@@ -58,6 +58,12 @@ def _bench_vit(args) -> None:
     run(args.vit, args.samples, args.repeats, args.data_dir, args.out)
 
 
+def _bench_concepts(args) -> None:
+    from ..bench.concepts import run
+
+    run(args.concepts, args.windows, args.repeats, args.text, args.out)
+
+
 def _bench_compose(args) -> None:
     from ..bench.compose import run
 
@@ -106,6 +112,7 @@ def add(commands) -> None:
     """Add the command to the others."""
     from ..bench.caf import CAF_DIR, CONTROL_DIR
     from ..bench.trial import ESTIMATORS as TRIED
+    from ..testbed.book import CONCEPTS_DIR
     from ..testbed.experts import CONTROL_DIR as DENSE_ON_DIR
     from ..testbed.experts import EXPERTS_DIR
     from ..testbed.quadrants import VLM_DIR
@@ -166,6 +173,14 @@ def add(commands) -> None:
     sub.add_argument("--data-dir", help="folder of the Fashion-MNIST .gz files")
     sub.add_argument("--out", default="results", help="folder of vit.json and vit.png")
     sub.set_defaults(run=_bench_vit)
+
+    sub = bench.add_parser("concepts", help="bits a byte and time of 'shiva train concepts' models")
+    sub.add_argument("--windows", type=int, default=400, help="of the held-out text")
+    sub.add_argument("--repeats", type=int, default=15, help="timed pairs a variant")
+    sub.add_argument("--concepts", default=CONCEPTS_DIR, help="folder of 'shiva train concepts'")
+    sub.add_argument("--text", help="what was trained on; by default the book")
+    sub.add_argument("--out", default="results", help="folder of concepts.json and concepts.png")
+    sub.set_defaults(run=_bench_concepts)
 
     sub = bench.add_parser("pareto", help="every method at several strengths: quality against time, as a page")
     sub.add_argument("--testbed", default="fashion", help="fashion or emoji")

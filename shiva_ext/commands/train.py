@@ -107,6 +107,12 @@ def _train_vit(args) -> None:
     train(config_of(args, ViTTrainConfig), args.out, args.methods, args.data_dir)
 
 
+def _train_concepts(args) -> None:
+    from ..testbed.book import TextConfig, train
+
+    train(config_of(args, TextConfig), args.out, args.variants, args.text)
+
+
 def _train_testbed(args) -> None:
     from ..testbed.train_shiva import train
     from ..training.config import TrainConfig
@@ -118,6 +124,7 @@ def add(commands) -> None:
     """Add the command to the others."""
     from ..caf.fashion import CONFIG as CAF_CONFIG
     from ..caf.fashion import PAIRS, PAIRS_DIR
+    from ..testbed.book import TextConfig
     from ..testbed.classifier import ClassifierConfig
     from ..testbed.dense import DenseConfig
     from ..testbed.emoji import CONFIG as EMOJI_CONFIG
@@ -142,6 +149,7 @@ def add(commands) -> None:
         ("experts", _train_experts, ExpertsConfig(), "experts in the place of the testbed's dense MLPs"),
         ("vlm", _train_vlm, VLMConfig(), "a small vision-language model that must look at the right place"),
         ("vit", _train_vit, ViTTrainConfig(), "a small vision transformer, and the ways to prune its patches"),
+        ("concepts", _train_concepts, TextConfig(), "small language models of a book, with and without concepts"),
         ("caf", _train_caf, CAF_CONFIG, "constant acceleration flow on pairs of the testbed's model: few steps"),
         ("rectified-flow", _train_rectified_flow, CAF_CONFIG, "the control of caf: a rectified flow on the same pairs"),
     ):
@@ -155,6 +163,9 @@ def add(commands) -> None:
             sub.add_argument("--pairs", type=int, default=PAIRS, help="of the teacher; those that are missing are made")
             sub.add_argument("--pairs-dir", default=PAIRS_DIR, help="their folder, which both share")
             sub.add_argument("--resume", action="store_true", help="go on from the last checkpoint in --out")
+        elif name == "concepts":
+            sub.add_argument("--variants", nargs="+", metavar="NAME", help="some of the variants; by default all")
+            sub.add_argument("--text", help="any text; by default Debian's bible-kjv")
         elif not name.startswith("emoji"):
             sub.add_argument("--data-dir", help="folder of the Fashion-MNIST .gz files")
         add_config(sub, config)
