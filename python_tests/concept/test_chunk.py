@@ -135,6 +135,60 @@ def test_noise_is_for_training_alone():
     assert 0.01 < share < 0.2 and not torch.equal(*flipped)
 
 
+@pytest.mark.parametrize("reduction", ["sum", "last", "first"])
+def test_one_token_is_one_concept(reduction):
+    chunk, x = make_chunk(reduction=reduction).eval(), torch.randn(3, 1, D)
+    concepts, chunks = chunk(x)
+    torch.testing.assert_close(concepts, x)
+    z, _ = Dechunk()(x, concepts, chunks)
+    torch.testing.assert_close(z, 2 * x if reduction == "first" else x)
+
+
+def test_a_sum_keeps_its_precision_in_a_long_sequence():
+    chunk, x = make_chunk(reduction="sum", ratio=4.0, fixed=True).eval(), 1e4 + torch.randn(1, 20_000, D)
+    concepts, _ = chunk(x)
+    wanted = x.double().view(1, 5_000, 4, D).sum(dim=2)
+    torch.testing.assert_close(concepts.double(), wanted, rtol=1e-6, atol=0.0)
+
+
+@pytest.mark.parametrize("reduction", ["sum", "last", "first"])
+def test_nan_stays_in_its_sample(reduction):
+    chunk, dechunk, x = make_chunk(reduction=reduction).eval(), Dechunk(), torch.randn(3, 20, D)
+
+    def run(x):
+        concepts, chunks = chunk(x)
+        return dechunk(x, concepts, chunks)[0]
+
+    clean = run(x)
+    x[1, 5] = torch.nan
+    found = run(x)
+    torch.testing.assert_close(found[[0, 2]], clean[[0, 2]], rtol=1e-5, atol=1e-6)
+    assert found[1, 5].isnan().all() and found[1, :4].isfinite().all()
+
+
+@pytest.mark.parametrize("shape", [(2, 0, D), (0, 4, D), (4, D)])
+def test_no_tokens_are_refused(shape):
+    with pytest.raises(ValueError, match="with a token at least"):
+        make_chunk()(torch.zeros(shape))
+
+
+@pytest.mark.parametrize("reduction", ["sum", "last", "first"])
+def test_gradients_to_tokens_are_those_of_finite_differences(reduction):
+    """Where no boundary moves; what the factor adds for the choice is not a derivative, so it is left out."""
+    chunk, dechunk = make_chunk(reduction=reduction).double().eval(), Dechunk()
+    x = torch.randn(3, 9, D, dtype=torch.float64, requires_grad=True)
+    _, chunks = chunk(x)
+    counts = chunks.boundary.sum(dim=1)
+    assert counts.min() < counts.max() < 8  # so that there is padding, and tokens share concepts
+
+    def run(x):
+        concepts, chunks = chunk(x)
+        return x + dechunk(x, concepts.tanh(), chunks)[1]
+
+    assert torch.autograd.gradcheck(run, (x,), eps=1e-6)
+    assert torch.autograd.gradcheck(lambda x: (run(x) * torch.linspace(-1, 2, D)).sum(), (x,), eps=1e-6)
+
+
 @pytest.mark.parametrize(
     ("wrong", "said"),
     [({"ratio": 1.0}, "above 1, got 1.0"), ({"reduction": "mean"}, "sum, last, first"), ({"tau": 0.5}, "at least 1")],

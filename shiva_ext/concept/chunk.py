@@ -4,6 +4,7 @@ from dataclasses import dataclass
 
 import torch
 from torch import Tensor, nn
+from torch.autograd.function import once_differentiable
 from torch.nn import functional as F
 
 from shiva_ext import ops
@@ -18,7 +19,7 @@ class Chunks:
     Attributes:
         probability: p [B,N], of a boundary at each token; 1 at the first.
         boundary: b bool [B,N]; the first token always is one.
-        position: int64 [B,M], the token that opens each concept; a shorter sample's spare ones repeat its last.
+        position: int64 [B,M], the token that opens each concept; then, where a sample has fewer, tokens that open none.
         concept: int64 [B,N], the concept that each token may look at: the latest that is made of tokens up to it alone,
             or -1 before there is one.
         loss: scalar, how far the share of boundaries is from 1 / R.
@@ -43,6 +44,38 @@ def ratio_loss(boundary: Tensor, probability: Tensor, ratio: float) -> Tensor:
 def sharpen(probability: Tensor, tau: float) -> Tensor:
     """``p^(1/tau)`` from .5 on, ``1 - (1 - p)^(1/tau)`` below: what boundaries are drawn by in training."""
     return torch.where(probability >= 0.5, probability ** (1 / tau), 1 - (1 - probability) ** (1 / tau))
+
+
+def _wide(x: Tensor) -> Tensor:
+    return x.to(torch.promote_types(x.dtype, torch.float32))
+
+
+def _first(chosen: Tensor, count: int) -> Tensor:
+    """int64 [B,count]: where bool [B,N] is true, ascending, then the other places: every one once, as ``token_gather``
+    wants it for its gradient."""
+    return (~chosen).to(torch.uint8).argsort(dim=1, stable=True)[:, :count].contiguous()
+
+
+def _sums(x: Tensor, group: Tensor, count: int) -> Tensor:
+    """Sums [B,count,D] of the tokens x [B,N,D] of each group, in token order."""
+    sizes = torch.zeros(len(x), count, dtype=torch.int64, device=x.device)
+    sizes.scatter_add_(1, group, torch.ones_like(group))
+    return (ops.scatter_mean(_wide(x), group, count) * sizes.unsqueeze(-1)).to(x.dtype)
+
+
+class _Spread(torch.autograd.Function):
+    """``token_gather`` whose places may repeat: gradients of the tokens that share one are added up, in token order."""
+
+    @staticmethod
+    def forward(ctx, x: Tensor, place: Tensor) -> Tensor:
+        ctx.save_for_backward(place)
+        ctx.count = x.shape[1]
+        return ops.token_gather(x, place)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx, grad: Tensor) -> tuple[Tensor, None]:
+        return _sums(grad, ctx.saved_tensors[0], ctx.count), None
 
 
 class Chunk(nn.Module):
@@ -76,17 +109,18 @@ class Chunk(nn.Module):
         """hidden [B,N,D] -> concepts [B,M,D], right-padded to the longest sample's M, and how they were cut.
 
         Padding comes last, so that a causal model needs no mask for it.
+
+        Raises:
+            ValueError: there are no tokens.
         """
+        if hidden.ndim != 3 or not hidden.shape[0] or not hidden.shape[1]:
+            raise ValueError(f"Chunk: hidden has shape {tuple(hidden.shape)}, wanted [B,N,D] with a token at least")
         probability = self.probability(hidden)
         boundary = self._boundary(probability, generator)
-        counts = boundary.sum(dim=1)
-        most = int(counts.max())
-        order = torch.arange(boundary.shape[1], device=hidden.device)
-        position = order.expand_as(boundary).masked_fill(~boundary, boundary.shape[1]).sort(dim=1).values[:, :most]
-        last = position.gather(1, counts[:, None] - 1)
-        position = torch.minimum(position, last)
+        most = int(boundary.sum(dim=1).max())
+        position = _first(boundary, most)
         number = boundary.long().cumsum(dim=1) - 1
-        concepts = self._reduce(hidden, number, position, counts)
+        concepts = self._reduce(hidden, boundary, number, position)
         # The sum and the last token of a chunk are not known before it ends.
         concept = number if self.reduction == "first" else number - 1
         loss = ratio_loss(boundary, probability, self.ratio)
@@ -99,7 +133,7 @@ class Chunk(nn.Module):
             cut = (n / self.ratio).long() != ((n - 1) / self.ratio).floor().long()
             return cut.to(hidden.dtype).expand(len(hidden), -1)
         likeness = F.cosine_similarity(self.query(hidden[:, 1:]), self.key(hidden[:, :-1]), dim=-1)
-        return F.pad((1 - likeness.float()) / 2, (1, 0), value=1.0).to(hidden.dtype)
+        return F.pad((1 - _wide(likeness)) / 2, (1, 0), value=1.0).to(hidden.dtype)
 
     def _boundary(self, probability: Tensor, generator: torch.Generator | None) -> Tensor:
         if self.training and self.tau is not None and not self.fixed:
@@ -109,18 +143,13 @@ class Chunk(nn.Module):
             return drawn
         return probability >= 0.5
 
-    def _reduce(self, hidden: Tensor, number: Tensor, position: Tensor, counts: Tensor) -> Tensor:
+    def _reduce(self, hidden: Tensor, boundary: Tensor, number: Tensor, position: Tensor) -> Tensor:
+        most = position.shape[1]
         if self.reduction == "first":
             return ops.token_gather(hidden, position)
-        last = torch.cat([position[:, 1:] - 1, torch.full_like(counts[:, None], hidden.shape[1] - 1)], dim=1)
-        spare = torch.arange(position.shape[1], device=hidden.device) >= counts[:, None] - 1
-        last = last.masked_fill(spare, hidden.shape[1] - 1)
         if self.reduction == "last":
-            return ops.token_gather(hidden, last)
-        total = hidden.float().cumsum(dim=1)
-        until = ops.token_gather(total, last)
-        before = F.pad(until, (0, 0, 1, 0))[:, :-1]
-        return (until - before).to(hidden.dtype)
+            return ops.token_gather(hidden, _first(F.pad(boundary[:, 1:], (0, 1), value=True), most))
+        return _sums(hidden, number, most)
 
 
 class Dechunk(nn.Module):
@@ -133,11 +162,11 @@ class Dechunk(nn.Module):
     def forward(self, hidden: Tensor, concepts: Tensor, chunks: Chunks) -> tuple[Tensor, Tensor]:
         """hidden [B,N,D] and what the concept model made of the concepts [B,M,D] -> z [B,N,D], and c [B,N,D], each
         token's concept without the factor, for joint decoding."""
-        p = chunks.probability.gather(1, chunks.position).float()
+        p = _wide(chunks.probability.gather(1, chunks.position))
         p = torch.cat([torch.ones_like(p[:, :1]), p[:, 1:]], dim=1)
         averages = ops.ema_scan(concepts, p)
         known = chunks.concept >= 0
-        mine = ops.token_gather(averages, chunks.concept.clamp_min(0)) * known.unsqueeze(-1)
+        mine = _Spread.apply(averages, chunks.concept.clamp_min(0)) * known.unsqueeze(-1)
         chosen = torch.where(chunks.boundary, chunks.probability, 1 - chunks.probability)
         factor = 1 + chosen - chosen.detach()
         return hidden + factor.unsqueeze(-1) * mine, mine
