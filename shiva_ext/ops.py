@@ -1,11 +1,12 @@
 """Typed wrappers of ``torch.ops.shiva``; :mod:`shiva_ext.reference` says in plain PyTorch what each computes.
 
 Shapes: B batch rows, N tokens, D channels, k kept tokens, H router width; for experts T tokens of the whole batch, K
-experts a token, E experts, R rows. Floating arguments may be float32, bfloat16,
-float16 or float64; sums are taken in float32 (float64 for float64). Indices are int64 or int32, unique in a row; on the
-CPU their range is checked. All ops repeat bit for bit for any number of threads; router_score in half precision only
-as far as torch's matmul does. Wrong arguments raise RuntimeError (or ValueError where a wrapper looks at values) naming
-the op, the argument, what was got and what was wanted.
+experts a token, E experts, R rows. Floating arguments may be float32, bfloat16, float16 or float64; sums are taken in
+float32 (float64 for float64). Indices are int64 or int32, unique in a row; on the CPU their range is checked, and where
+rows are written (in the backward pass of what gathers, too) that none is named twice. All ops repeat bit for bit for
+any number of threads; router_score in half precision only as far as torch's matmul does. Wrong arguments raise
+RuntimeError (or ValueError where a wrapper looks at values) naming the op, the argument, what was got and what was
+wanted.
 """
 
 import math

@@ -11,7 +11,7 @@ Tensor counterfactual_scatter(
     double kappa) {
   const Tokens t =
       check_counterfactual_scatter("counterfactual_scatter", base, kept, src, inclusion, update, kappa, kPlace);
-  return replace_rows(base, t.index, src);
+  return replace_rows("counterfactual_scatter", base, t.index, src);
 }
 
 // -> grad_base [B, N, D] (zero at kept), grad_src [B, k, D], grad_inclusion [B, N]
@@ -25,7 +25,7 @@ std::tuple<Tensor, Tensor, Tensor> counterfactual_scatter_backward(
   const Tensor dense_src = with_dense_channels(src), dense_update = with_dense_channels(update);
   const Rows grads = rows_of(dense_grad), bases = rows_of(dense_base);
   const Rows sources = rows_of(dense_src), updates = rows_of(dense_update);
-  const std::vector<int64_t> position = inverse_index(t.index, N);
+  const std::vector<int64_t> position = inverse_index("counterfactual_scatter_backward", t.index, N);
   const int64_t sum_bytes = static_cast<int64_t>(grad_inclusion.element_size());
   parallel(t.B * N, 3 * t.row_bytes, [&](int64_t begin, int64_t end) {
     for (int64_t i = begin; i < end; ++i) {
@@ -36,7 +36,7 @@ std::tuple<Tensor, Tensor, Tensor> counterfactual_scatter_backward(
           data<char>(grad_inclusion) + i * sum_bytes);
     }
   });
-  auto [grad_base, grad_src] = split_rows(dense_grad, t.index);
+  auto [grad_base, grad_src] = split_rows("counterfactual_scatter_backward", dense_grad, t.index);
   return {grad_base, grad_src, grad_inclusion};
 }
 

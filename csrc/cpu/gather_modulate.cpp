@@ -31,6 +31,7 @@ std::tuple<Tensor, Tensor, Tensor> gather_modulate_backward(
     const Tensor& grad, const Tensor& x, const Tensor& index, const Tensor& scale, double eps) {
   const Tokens t = check_gather_modulate_backward("gather_modulate_backward", grad, x, index, scale, eps, kPlace);
   const int64_t B = t.B, k = t.k, D = t.D, row_bytes = t.row_bytes;
+  inverse_index("gather_modulate_backward", t.index, t.N);  // two threads would write one row
   Tensor grad_x = torch::stable::new_zeros(x, {B, t.N, D});
   Tensor grad_shift = new_empty(x, {B, D}), grad_scale = new_empty(x, {B, D});
   const int64_t chunks = ceil_div(k, kSumRows);

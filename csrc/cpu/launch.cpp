@@ -29,22 +29,29 @@ Tensor new_empty(const Tensor&, std::initializer_list<int64_t> sizes, ScalarType
   return Tensor(handle);
 }
 
-std::vector<int64_t> inverse_index(const Tensor& index, int64_t n) {
+std::vector<int64_t> inverse_index(const char* op, const Tensor& index, int64_t n) {
   const int64_t rows = index.size(0), k = index.size(1);
   std::vector<int64_t> position(static_cast<size_t>(rows * n), -1);
   const int64_t* values = data<int64_t>(index);
   for (int64_t b = 0; b < rows; ++b)
-    for (int64_t j = 0; j < k; ++j) position[static_cast<size_t>(b * n + values[b * k + j])] = j;
+    for (int64_t j = 0; j < k; ++j) {
+      const int64_t token = values[b * k + j];
+      int64_t& place = position[static_cast<size_t>(b * n + token)];
+      SHIVA_CHECK(
+          place < 0, op, "the index names token ", token, " of row ", b, " twice, in columns ", place, " and ", j,
+          "; every token at most once");
+      place = j;
+    }
   return position;
 }
 
-Tensor replace_rows(const Tensor& base, const Tensor& kept, const Tensor& src) {
+Tensor replace_rows(const char* op, const Tensor& base, const Tensor& kept, const Tensor& src) {
   const int64_t B = base.size(0), N = base.size(1), D = base.size(2);
   const int64_t row_bytes = D * static_cast<int64_t>(base.element_size());
   Tensor out = new_empty(base, {B, N, D});
   const Tensor dense_base = with_dense_channels(base), dense_src = with_dense_channels(src);
   const Rows base_rows = rows_of(dense_base), src_rows = rows_of(dense_src);
-  const std::vector<int64_t> position = inverse_index(kept, N);
+  const std::vector<int64_t> position = inverse_index(op, kept, N);
   char* to = data<char>(out);
   parallel(B * N, 2 * row_bytes, [&](int64_t begin, int64_t end) {
     for (int64_t i = begin; i < end; ++i) {
@@ -56,14 +63,14 @@ Tensor replace_rows(const Tensor& base, const Tensor& kept, const Tensor& src) {
   return out;
 }
 
-std::tuple<Tensor, Tensor> split_rows(const Tensor& x, const Tensor& kept) {
+std::tuple<Tensor, Tensor> split_rows(const char* op, const Tensor& x, const Tensor& kept) {
   const int64_t B = x.size(0), N = x.size(1), D = x.size(2), k = kept.size(1);
   const int64_t row_bytes = D * static_cast<int64_t>(x.element_size());
   Tensor rest = new_empty(x, {B, N, D});
   Tensor rows = new_empty(x, {B, k, D});
   const Tensor dense = with_dense_channels(x);
   const Rows from = rows_of(dense);
-  const std::vector<int64_t> position = inverse_index(kept, N);
+  const std::vector<int64_t> position = inverse_index(op, kept, N);
   char* to_rest = data<char>(rest);
   char* to_rows = data<char>(rows);
   parallel(B * N, 2 * row_bytes, [&](int64_t begin, int64_t end) {

@@ -35,14 +35,15 @@ Rows rows_of(const Tensor& t);  // [B, N, D] or [N, D] (then the batch stride is
 Tensor new_empty(const Tensor& like, std::initializer_list<int64_t> sizes);
 Tensor new_empty(const Tensor& like, std::initializer_list<int64_t> sizes, ScalarType type);
 
-// position[b, n] = place of token n in index row b, or -1 where it is absent. index is int64 [B, k], contiguous.
-std::vector<int64_t> inverse_index(const Tensor& index, int64_t n);
+// position[b, n] = place of token n in index row b, or -1 where it is absent. index is int64 [B, k], contiguous; a
+// token that a row names twice is an error.
+std::vector<int64_t> inverse_index(const char* op, const Tensor& index, int64_t n);
 
 // base [B, N, D] with the rows kept [B, k] (int64, contiguous) replaced by src [B, k, D]; every row is written once.
-Tensor replace_rows(const Tensor& base, const Tensor& kept, const Tensor& src);
+Tensor replace_rows(const char* op, const Tensor& base, const Tensor& kept, const Tensor& src);
 
 // x [B, N, D] -> x with the rows kept set to zero [B, N, D], the rows kept of x [B, k, D].
-std::tuple<Tensor, Tensor> split_rows(const Tensor& x, const Tensor& kept);
+std::tuple<Tensor, Tensor> split_rows(const char* op, const Tensor& x, const Tensor& kept);
 
 // Runs body(begin, end) over [0, count) on torch's threads; `cost` is the rough number of bytes one item touches.
 template <typename Body>

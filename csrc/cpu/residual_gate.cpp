@@ -14,7 +14,7 @@ std::tuple<Tensor, Tensor> residual_gate(const Tensor& x, const Tensor& inclusio
   Tensor base = new_empty(x, {B, N, t.D});
   const Tensor dense = with_dense_channels(x);
   const Rows from = rows_of(dense);
-  const std::vector<int64_t> position = inverse_index(t.index, N);
+  const std::vector<int64_t> position = inverse_index("residual_gate", t.index, N);
   char* to_base = data<char>(base);
   char* to_selected = data<char>(selected);
   parallel(B * N, 3 * row_bytes, [&](int64_t begin, int64_t end) {
@@ -39,7 +39,7 @@ std::tuple<Tensor, Tensor> residual_gate_backward(
   const Tensor dense_x = with_dense_channels(x), dense_base = with_dense_channels(grad_base);
   const Tensor dense_selected = with_dense_channels(grad_selected);
   const Rows xs = rows_of(dense_x), bases = rows_of(dense_base), gates = rows_of(dense_selected);
-  const std::vector<int64_t> position = inverse_index(t.index, N);
+  const std::vector<int64_t> position = inverse_index("residual_gate_backward", t.index, N);
   const int64_t sum_bytes = static_cast<int64_t>(grad_inclusion.element_size());
   parallel(B * N, 4 * row_bytes, [&](int64_t begin, int64_t end) {
     for (int64_t i = begin; i < end; ++i) {

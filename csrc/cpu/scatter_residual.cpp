@@ -16,7 +16,7 @@ Tensor scatter_residual(const Tensor& base, const Tensor& index, const Tensor& u
   const Tensor dense = with_dense_channels(base), dense_update = with_dense_channels(update);
   const Tensor gates = torch::stable::contiguous(gate);
   const Rows bases = rows_of(dense), updates = rows_of(dense_update);
-  const std::vector<int64_t> position = inverse_index(t.index, N);
+  const std::vector<int64_t> position = inverse_index(op, t.index, N);
   parallel(B * N, 3 * row_bytes, [&](int64_t begin, int64_t end) {
     for (int64_t i = begin; i < end; ++i) {
       const int64_t b = i / N;

@@ -28,7 +28,7 @@ Tensor token_gather_backward(const Tensor& grad, const Tensor& index, int64_t n,
   const int64_t B = t.B, D = t.D, row_bytes = t.row_bytes;
   const Tensor dense = with_dense_channels(grad);
   const Rows from = rows_of(dense);
-  const std::vector<int64_t> position = inverse_index(t.index, n);
+  const std::vector<int64_t> position = inverse_index("token_gather_backward", t.index, n);
   if (broadcast) {
     Tensor out = new_empty(grad, {n, D});
     char* to = data<char>(out);

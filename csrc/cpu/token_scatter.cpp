@@ -18,7 +18,8 @@ void write_rows(const Rows& to, const Tensor& kept, const Tensor& src, int64_t r
 
 // base [B, N, D] with the rows index [B, k] replaced by src [B, k, D]
 Tensor token_scatter(const Tensor& base, const Tensor& index, const Tensor& src) {
-  return replace_rows(base, check_token_scatter("token_scatter", base, index, src, kPlace).index, src);
+  constexpr char op[] = "token_scatter";
+  return replace_rows(op, base, check_token_scatter(op, base, index, src, kPlace).index, src);
 }
 
 void token_scatter_(Tensor base, const Tensor& index, const Tensor& src) {
@@ -28,6 +29,7 @@ void token_scatter_(Tensor base, const Tensor& index, const Tensor& src) {
     SHIVA_CHECK(
         base.size(d) <= 1 || base.stride(d) != 0, op,
         "base is expanded, its rows share memory; call it on base.clone()");
+  inverse_index(op, t.index, t.N);  // two threads would write one row
   const Tensor dense = with_dense_channels(base);
   write_rows(rows_of(dense), t.index, apart_from(src, base), t.row_bytes);
   if (dense.data_ptr() != base.data_ptr()) torch::stable::copy_(base, dense);
@@ -35,7 +37,8 @@ void token_scatter_(Tensor base, const Tensor& index, const Tensor& src) {
 
 // -> grad with the rows index set to zero [B, N, D], grad gathered at index [B, k, D]
 std::tuple<Tensor, Tensor> token_scatter_backward(const Tensor& grad, const Tensor& index) {
-  return split_rows(grad, check_token_scatter_backward("token_scatter_backward", grad, index, kPlace).index);
+  constexpr char op[] = "token_scatter_backward";
+  return split_rows(op, grad, check_token_scatter_backward(op, grad, index, kPlace).index);
 }
 
 }  // namespace

@@ -170,6 +170,37 @@ def test_the_backward_refuses_a_row_of_two_choices():
         torch.ops.shiva.expert_combine_backward(torch.ones(2, 4), torch.ones(5, 4), doubled, torch.ones(2, 2))
 
 
+WRITING = [
+    ("token_scatter", "index", None),
+    ("token_scatter_", "index", None),
+    ("residual_gate", "kept", None),
+    ("counterfactual_scatter", "kept", None),
+    ("scatter_residual", "index", None),
+    ("token_gather", "index", "x"),
+    ("gather_modulate", "index", "x"),
+]
+
+
+@pytest.mark.skipif(DEVICE.type != "cpu" or bool(simulated.VARIANT), reason="a GPU would have to wait")
+@both
+@pytest.mark.parametrize(("op", "name", "differentiated"), WRITING)
+def test_a_token_that_a_row_names_twice_is_refused_where_rows_are_written(op, name, differentiated, api):
+    """Forward, but for the ops that only read there: backward. What an op writes in place is not touched."""
+    arguments = arguments_of(op)
+    index = arguments[name]
+    index[1, -1] = index[1, 0]
+    before = {key: value.clone() for key, value in arguments.items() if isinstance(value, torch.Tensor)}
+    said = rf"{op}\w*: the index names token {index[1, 0]} of row 1 twice, in columns 0 and {index.shape[1] - 1}"
+    with pytest.raises(RuntimeError, match=said):
+        function = getattr(ops if api == "wrapper" else torch.ops.shiva, op)
+        if differentiated is None:
+            function(*arguments.values())
+        else:
+            arguments[differentiated].requires_grad_()
+            function(*arguments.values()).sum().backward()
+    assert all(torch.equal(arguments[key].detach(), value) for key, value in before.items())
+
+
 @both
 @pytest.mark.parametrize("count", [-1, 0, 1025])
 def test_a_number_of_experts_outside_1_to_1024_is_refused(count, api):
