@@ -50,3 +50,30 @@ def test_it_learns_a_pattern(changes):
         loss.backward()
         optimizer.step()
     assert entropy.item() < 0.5 * first
+
+
+@pytest.mark.parametrize("reduction", ["sum", "last", "first"])
+def test_packed_samples_do_not_see_each_other(reduction):
+    padded, packed = make_model(reduction=reduction), make_model(reduction=reduction, packed=True)
+    tokens, grads = torch.randint(40, (4, 30)), []
+    assert len(set(padded(tokens)[1].counts().tolist())) > 1
+    for model in (padded, packed):
+        logits, _ = model(tokens)
+        loss = (logits * torch.linspace(-1, 1, 40)).square().sum()
+        grads.append([logits, *torch.autograd.grad(loss, [p for p in model.parameters() if p.requires_grad])])
+    for one, other in zip(*grads, strict=True):
+        torch.testing.assert_close(one, other, rtol=1e-4, atol=1e-4)
+
+
+def test_packing_and_back():
+    model, tokens = make_model(), torch.randint(40, (3, 25))
+    concepts, chunks = model.chunk(model.embed(tokens))
+    packed, ends = chunks.pack(concepts)
+    counts = chunks.counts().tolist()
+    assert ends.tolist() == [0, counts[0], sum(counts[:2]), sum(counts)] and ends.dtype == torch.int32
+    pieces = [concepts[b, :count] for b, count in enumerate(counts)]
+    assert torch.equal(packed[0], torch.cat(pieces))
+    back = chunks.unpack(packed)
+    assert back.shape == concepts.shape
+    for b, count in enumerate(counts):
+        assert torch.equal(back[b, :count], pieces[b]) and not back[b, count:].any()

@@ -31,6 +31,33 @@ class Chunks:
     concept: Tensor
     loss: Tensor
 
+    def counts(self) -> Tensor:
+        """int64 [B], concepts of each sample."""
+        return self.boundary.sum(dim=1)
+
+    def pack(self, concepts: Tensor) -> tuple[Tensor, Tensor]:
+        """All samples' concepts one after another, without padding, for attention over sequences of unequal length.
+
+        Args:
+            concepts: [B,M,D].
+
+        Returns:
+            [1,T,D], and where each sample begins and the last one ends, int32 [B+1] (flash attention's ``cu_seqlens``).
+        """
+        ends = F.pad(self.counts().cumsum(dim=0), (1, 0)).to(torch.int32)
+        return ops.token_gather(concepts.reshape(1, -1, concepts.shape[-1]), self._places()), ends
+
+    def unpack(self, packed: Tensor) -> Tensor:
+        """[1,T,D] as :meth:`pack` gives them -> [B,M,D], zeros where a sample has fewer."""
+        B, M = self.position.shape
+        empty = packed.new_zeros(1, B * M, packed.shape[-1])
+        return ops.token_scatter(empty, self._places(), packed).view(B, M, -1)
+
+    def _places(self) -> Tensor:
+        """int64 [1,T], the concepts that are no padding, in all B * M."""
+        order = torch.arange(self.position.shape[1], device=self.position.device)
+        return (order < self.counts()[:, None]).flatten().nonzero().view(1, -1)
+
 
 def ratio_loss(boundary: Tensor, probability: Tensor, ratio: float) -> Tensor:
     """``R F G + R / (R - 1) (1 - F)(1 - G)`` with F the mean of b and G that of p: 1 at F = G = 1 / R, its least.

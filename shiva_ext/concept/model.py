@@ -21,6 +21,8 @@ class ConceptConfig:
         reduction, tau, fixed: see :class:`~.chunk.Chunk`.
         joint: whether the decoder's attention also reads each token's concept, through projections that begin at zero.
         ratio_weight: lambda of the ratio loss.
+        packed: whether the middle layers read all samples' concepts as one sequence without padding, behind a mask of
+            who belongs together; equal within rounding. It pays where attention takes such sequences without a mask.
     """
 
     vocabulary: int = 256
@@ -35,13 +37,15 @@ class ConceptConfig:
     fixed: bool = False
     joint: bool = True
     ratio_weight: float = 0.03
+    packed: bool = False
 
 
-def rotary(x: Tensor, base: float = 10000.0) -> Tensor:
-    """Rotary positions of x [B,heads,N,d], from 0."""
+def rotary(x: Tensor, position: Tensor | None = None, base: float = 10000.0) -> Tensor:
+    """Rotary positions of x [B,heads,N,d]: position [N], or from 0."""
     n, half = x.shape[-2], x.shape[-1] // 2
+    position = torch.arange(n, device=x.device) if position is None else position
     rate = base ** (-torch.arange(half, device=x.device, dtype=torch.float32) / half)
-    angle = torch.arange(n, device=x.device, dtype=torch.float32)[:, None] * rate
+    angle = position.float()[:, None] * rate
     cos, sin = angle.cos().to(x.dtype), angle.sin().to(x.dtype)
     first, second = x.chunk(2, dim=-1)
     return torch.cat([first * cos - second * sin, second * cos + first * sin], dim=-1)
@@ -67,13 +71,17 @@ class Layer(nn.Module):
         if joint:
             nn.init.zeros_(self.concept.weight)
 
-    def forward(self, x: Tensor, concept: Tensor | None = None) -> Tensor:
-        """x [B,N,D], concept [B,N,D] for a joint layer -> [B,N,D]."""
+    def forward(
+        self, x: Tensor, concept: Tensor | None = None, mask: Tensor | None = None, position: Tensor | None = None
+    ) -> Tensor:
+        """x [B,N,D], concept [B,N,D] for a joint layer -> [B,N,D]; mask bool [N,N] and position [N] are of sequences
+        that stand one after another."""
         qkv = self.qkv(self.norm1(x))
         if self.concept is not None and concept is not None:
             qkv = qkv + self.concept(concept)
         q, k, v = (each.unflatten(-1, (self.heads, -1)).transpose(1, 2) for each in qkv.chunk(3, dim=-1))
-        attended = F.scaled_dot_product_attention(rotary(q), rotary(k), v, is_causal=True)
+        q, k = rotary(q, position), rotary(k, position)
+        attended = F.scaled_dot_product_attention(q, k, v, attn_mask=mask, is_causal=mask is None)
         x = x + self.out(attended.transpose(1, 2).flatten(-2))
         value, gate = self.up(self.norm2(x)).chunk(2, dim=-1)
         return x + self.down(F.silu(gate) * value)
@@ -111,8 +119,11 @@ class ConceptModel(nn.Module):
         chunks, concept, inner = None, None, x
         if self.chunk is not None:
             inner, chunks = self.chunk(x, generator)
-        for layer in self.middle:
-            inner = layer(inner)
+        if chunks is not None and self.config.packed:
+            inner = self._packed(inner, chunks)
+        else:
+            for layer in self.middle:
+                inner = layer(inner)
         if self.chunk is None:
             x = inner
         else:
@@ -120,6 +131,15 @@ class ConceptModel(nn.Module):
         for layer in self.decoder:
             x = layer(x, concept)
         return self.head(self.norm(x)), chunks
+
+    def _packed(self, concepts: Tensor, chunks: Chunks) -> Tensor:
+        x, ends = chunks.pack(concepts)
+        order = torch.arange(x.shape[1], device=x.device)
+        sample = torch.searchsorted(ends[1:], order.int(), right=True)
+        mask = (sample[:, None] == sample) & (order[:, None] >= order)
+        for layer in self.middle:
+            x = layer(x, mask=mask, position=order - ends[sample])
+        return chunks.unpack(x)
 
     def loss(self, tokens: Tensor, generator: torch.Generator | None = None) -> tuple[Tensor, Tensor]:
         """tokens int64 [B,N+1] -> what to minimise, and the cross entropy alone, in nats a token."""
