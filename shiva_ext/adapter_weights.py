@@ -94,20 +94,32 @@ def _merged_weights(model: nn.Module, folder: Path) -> dict[str, torch.Tensor]:
     return weights
 
 
+def _added(original: torch.Tensor, tuned: list[torch.Tensor]) -> torch.Tensor:
+    wide = original.float()
+    return (wide + sum(each.float() - wide for each in tuned)).to(original.dtype)
+
+
 class MergedAdapter:
     """The adapter's weights merged into the model's, so that inference pays nothing for it.
 
     The original weights are kept as they were; :meth:`remove` puts the same tensors back. Other adapters on the model
     are left alone, and add to the merged weights as they added to the original ones.
+
+    Args:
+        model: changed in place.
+        folders: of adapters. What each makes of a weight differs from the original by something; with several the
+            differences are added up (task arithmetic, arXiv 2212.04089).
     """
 
-    def __init__(self, model: nn.Module, folder: str | os.PathLike):
+    def __init__(self, model: nn.Module, *folders: str | os.PathLike):
         self.originals: list[tuple[nn.Module, torch.Tensor]] = []
-        for name, weight in _merged_weights(model, Path(folder)).items():
+        tuned = [_merged_weights(model, Path(folder)) for folder in folders]
+        for name in dict.fromkeys(name for weights in tuned for name in weights):
             layer = model.get_submodule(name)
             layer = layer.get_base_layer() if isinstance(layer, LoraLayer) else layer
-            self.originals.append((layer, layer.weight.data))
-            layer.weight.data = weight
+            original, found = layer.weight.data, [weights[name] for weights in tuned if name in weights]
+            self.originals.append((layer, original))
+            layer.weight.data = found[0] if len(found) == 1 else _added(original, found)
 
     def remove(self) -> None:
         """Give every layer its original weight tensor back, where the model is and in its dtype by now."""

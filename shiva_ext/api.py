@@ -219,6 +219,7 @@ def enable(
     share_selection: bool | None = None,
     batched_guidance: bool | None = None,
     adapter: bool = True,
+    tuned: str | os.PathLike | None = None,
     fused: bool = True,
     reconstruct: str = IDENTITY,
     component: str = "transformer",
@@ -259,6 +260,9 @@ def enable(
         batched_guidance: whether the batch is (unconditional, conditional); such pairs keep the same tokens. By default
             what the pipeline says, and False for a bare transformer.
         adapter: whether to merge the artefact's tuned weights into the model.
+        tuned: another artefact of the same model, by its folder or hub id, whose tuning is added to this one's weight
+            by weight (task arithmetic, arXiv 2212.04089): of guidance learned and of tuning on data, for example. It
+            costs nothing to run; look at the pictures, for nothing was trained together.
         fused: run blocks whose class is known in a form that gathers and normalises, and gates and scatters, in one
             pass each; equal to the wrapped block within rounding. :func:`summary` names blocks that run wrapped anyway,
             and why. False wraps every block.
@@ -280,6 +284,7 @@ def enable(
     """
     transformer = find_transformer(pipe_or_transformer, component)
     given = (ratio, budget, tile, sigmas, max_distinct_k, share_selection)
+    given = (*given, tuned)
     asked = any(each is not None for each in given) or not (adapter and fused) or reconstruct != IDENTITY
     if isinstance(source, (FeatherConfig, FastVConfig)):
         if asked or batched_guidance is not None:
@@ -310,8 +315,8 @@ def enable(
         if asked:
             raise ValueError(
                 f"shiva_ext: {cache.name} selects no tokens; ratio, budget, tile, sigmas, max_distinct_k, "
-                "share_selection, adapter, fused and reconstruct are for selections, which are enabled by a call of "
-                "their own"
+                "share_selection, adapter, tuned, fused and reconstruct are for selections, which are enabled by a "
+                "call of their own"
             )
         selection = find_handle(transformer)
         return enable_cache(
@@ -337,13 +342,13 @@ def enable(
     state.check_guidance(bool(batched_guidance))
     if (cached := get_cache(transformer)) is not None:
         cached.cache.check_selection(state)
+    folders = _adapters(selector, adapter, tuned)
     handle = Handle(transformer, state)
     with cache_taken_off(transformer):
         _disable_selection(transformer)
         try:
-            if adapter and getattr(selector, "adapter", None) is not None:
-                merged = MergedAdapter(transformer, Path(selector.adapter))
-                handle._undo.append(merged.remove)
+            if folders:
+                handle._undo.append(MergedAdapter(transformer, *folders).remove)
             handle._undo.append(lambda: hooks.detach(transformer))
             handle.num_hooked = hooks.attach(transformer, state)
             if pipe_or_transformer is not transformer and hasattr(pipe_or_transformer, "scheduler"):
@@ -356,6 +361,23 @@ def enable(
         if cached is not None:
             cached.state.selection = state
     return handle
+
+
+def _adapters(selector, adapter: bool, tuned: str | os.PathLike | None) -> list[Path]:
+    """Folders of the adapters that are merged: the selection's own, and another artefact's."""
+    own = getattr(selector, "adapter", None) if adapter else None
+    folders = [] if own is None else [Path(own)]
+    if tuned is None:
+        return folders
+    other = load(tuned)
+    if other.adapter is None:
+        raise ValueError(f"shiva_ext: tuned is {str(tuned)!r}, an artefact without tuned weights, so it adds nothing")
+    if learned := getattr(other, "guidance", 0):
+        raise ValueError(
+            f"shiva_ext: the weights of tuned={str(tuned)!r} give guidance of {learned:g} in one call, which would go "
+            "unnoticed; enable that artefact, with the other one as tuned"
+        )
+    return [*folders, Path(other.adapter)]
 
 
 class Together:

@@ -30,7 +30,8 @@ def test_what_is_drawn_alike():
     drawn = {compose.family(row.group) for row in compose.cells()}
     assert drawn == {
         "dense", "fewer steps", "a cache", "Shiva", "Shiva + a cache", "learned guidance", "learned guidance + a cache",
-        "Shiva + learned guidance", "Shiva + learned guidance + a cache", "dense fine-tuned",
+        "learned guidance + tuning", "Shiva + learned guidance", "Shiva + learned guidance + tuning",
+        "Shiva + learned guidance + a cache", "dense fine-tuned",
     }  # fmt: skip
 
 

@@ -223,3 +223,70 @@ def test_merging_draws_no_random_numbers(tmp_path, model):
     torch.manual_seed(0)
     shiva_ext.enable(model, source)
     assert torch.equal(torch.randn(3), wanted)
+
+
+def artefact_with(folder, seed=7, **metadata):
+    """An artefact on disk whose adapter has random weights of its own."""
+    unmerged = make_adapter(folder / "made", dora=bool(seed % 2))
+    with torch.no_grad():
+        for name, parameter in unmerged.named_parameters():
+            if "lora_" in name:
+                parameter.mul_(1 + 0.1 * seed)
+    state = get_peft_model_state_dict(unmerged, adapter_name=adapter_weights.NAME)
+    save_file({k: v.contiguous() for k, v in state.items()}, folder / "made" / "adapter_model.safetensors")
+    artifact = make_artifact(adapter=folder / "made")
+    artifact.metadata |= metadata
+    artifact.save(folder / "artefact")
+
+
+def weights_with(folder, dtype):
+    """The model's weights where that artefact alone is enabled, float32."""
+    model = make_model().to(dtype)
+    with shiva_ext.enable(model, folder / "artefact"):
+        return {name: value.float() for name, value in model.state_dict().items()}
+
+
+@pytest.mark.parametrize("adapter", [True, False])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_another_artefacts_tuning_is_added_weight_by_weight(adapter, dtype, tmp_path):
+    artefact_with(tmp_path / "a", 7), artefact_with(tmp_path / "b", 4)
+    first, second = (weights_with(tmp_path / name, dtype) for name in "ab")
+    model = make_model().to(dtype)
+    original, before = {name: value.float() for name, value in model.state_dict().items()}, snapshot(model)
+    shiva_ext.enable(model, tmp_path / "a" / "artefact", tuned=tmp_path / "b" / "artefact", adapter=adapter)
+    changed = 0
+    for name, value in model.state_dict().items():
+        wanted = second[name] + (first[name] - original[name] if adapter else 0)
+        changed += not torch.equal(wanted, original[name])
+        # The sum is rounded once, to half a unit in the last place; float32's own order of sums beside it.
+        bound = dict(rtol=2**-8 if dtype == torch.bfloat16 else 1e-6, atol=1e-6)
+        torch.testing.assert_close(value.float(), wanted, **bound)
+    assert changed >= len(TARGETS)
+    shiva_ext.disable(model)
+    assert_unchanged(model, before)
+
+
+def test_tuning_that_cannot_be_added_is_refused_and_changes_nothing(tmp_path):
+    artefact_with(tmp_path / "a"), artefact_with(tmp_path / "guided", training={"guidance": 2.0})
+    make_artifact().save(tmp_path / "untuned")
+    model, source = make_model(), tmp_path / "a" / "artefact"
+    before = snapshot(model)
+    for tuned, error, said in (
+        (tmp_path / "untuned", ValueError, "without tuned weights, so it adds nothing"),
+        (tmp_path / "guided" / "artefact", ValueError, "give guidance of 2 in one call"),
+        (tmp_path / "nowhere", Exception, "nowhere"),
+    ):
+        with pytest.raises(error, match=said):
+            shiva_ext.enable(model, source, tuned=tuned)
+        assert_unchanged(model, before)
+    with pytest.raises(ValueError, match="selects no tokens; .*tuned"):
+        shiva_ext.enable(model, shiva_ext.caches.FORA(2), tuned=source)
+    with pytest.raises(ValueError, match="trained for another model"):
+        shiva_ext.enable(make_model(num_layers=3), shiva_ext.selection.RandomSelector(0.5), tuned=source)
+
+
+def test_tuning_goes_with_any_selection(tmp_path):
+    artefact_with(tmp_path / "a")
+    tuned, model = weights_with(tmp_path / "a", torch.float32), make_model()
+    with shiva_ext.enable(model, shiva_ext.selection.RandomSelector(0.5), tuned=tmp_path / "a" / "artefact"):
+        assert all(torch.equal(value, tuned[name]) for name, value in model.state_dict().items())

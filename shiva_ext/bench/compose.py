@@ -23,7 +23,7 @@ _STRENGTHS = {
     4: {"teacache": (0.2,), "smoothcache": (0.75,), "first block": (0.4,)},
 }
 FASTER, WITHIN = 4.0, 1.05  # what is looked for: so much faster, at no more than so much of the dense distance
-FEWER_STEPS, GUIDED, COMBINED = "fewer steps", "learned guidance", " + "
+FEWER_STEPS, GUIDED, TUNED, COMBINED = "fewer steps", "learned guidance", "tuning", " + "
 SHIVA = {"fashion": "shiva60", "emoji": "emoji60"}
 
 
@@ -65,8 +65,8 @@ def cells(testbed: str = "fashion") -> list[Row]:
     """The grid: {dense, Shiva 60 %} x {no cache, three caches} x {25, 12, 6, 4 steps}.
 
     And fewer steps of a solver of the second order, without a cache, whose stale velocities it would continue. On the
-    first testbed also both models with the guidance learned, for half the calls, and the control: the dense model with
-    the same adapters, tuned as long.
+    first testbed also both models with the guidance learned, for half the calls, without and with the control's tuning
+    added to their weights, and the control: the dense model with the same adapters, tuned as long.
     """
     dense, shiva = _Model(), _Model("Shiva 60 %", ("Shiva",), _artefact(SHIVA[testbed]))
     found = []
@@ -83,6 +83,10 @@ def cells(testbed: str = "fashion") -> list[Row]:
         for model in learned:
             found += [_row(model, None, steps) for steps in (STEPS, *FEWER)]
             found += [_row(model, ("fora", 2), STEPS), *(_row(model, None, steps, ADAMS) for steps in FEWER_ADAMS)]
+        for model in learned:
+            row = model.row | {"options": (("tuned", "dense_finetuned"),)}
+            added = _Model(f"{model.name}, tuning added", (*model.axes, TUNED), row)
+            found += [_row(added, None, steps, ADAMS) for steps in FEWER_ADAMS]
         tuned = _Model("dense fine-tuned", ("dense fine-tuned",), _artefact("dense_finetuned"), control=True)
         found += [_row(tuned, None, STEPS), *(_row(tuned, None, steps, ADAMS) for steps in FEWER_ADAMS)]
     return found

@@ -23,6 +23,7 @@ from ..files import write_text
 from .beds import get_testbed
 from .cached_rows import Caches
 from .figures import draw_grid, draw_report, kept_share, print_table
+from .model import ASSETS
 from .rows import METHODS, ROWS, Row, artefact_folder
 from .sampling import EULER, STEPS, generate
 
@@ -88,6 +89,8 @@ class Study:
         settings |= dict(classifier=self._digest(self.bed.judge_dir))
         if folder := artefact_folder(row):
             settings["source"] = self._digest(folder)
+        if "tuned" in dict(row.options):
+            settings["tuned"] = self._digest(ASSETS / dict(row.options)["tuned"])
         return settings
 
     def _guidance(self, row: Row) -> float:
