@@ -77,3 +77,9 @@ def test_packing_and_back():
     assert back.shape == concepts.shape
     for b, count in enumerate(counts):
         assert torch.equal(back[b, :count], pieces[b]) and not back[b, count:].any()
+
+
+@pytest.mark.parametrize("changes", [{"width": 30, "heads": 4}, {"width": 18, "heads": 6}, {"width": 4}, {"heads": 0}])
+def test_sizes_that_do_not_go_together_are_refused(changes):
+    with pytest.raises(ValueError, match="an even number of channels"):
+        make_model(**changes)

@@ -6,12 +6,13 @@ from dataclasses import replace
 
 import pytest
 import torch
+from torch._dynamo.testing import CompileCounter
 from torch.nn import functional as F
+from transformers import ViTConfig, ViTForMaskedImageModeling
 
 import shiva_ext
 from shiva_ext import vit
 from shiva_ext.vit import DynamicViTConfig, RandomPatchConfig, ShivaViTConfig, TNTConfig, drop_similar
-from shiva_ext.vit.handle import blocks
 
 from .tiny_vit import DEPTH, PATCHES, WIDTH, make_images, make_pruner, make_vit
 
@@ -40,7 +41,7 @@ def finish(model, base, hidden):
 def by_hand(model, images, keep):
     """Logits; ``keep(index, hidden)`` gives the hidden states after each block."""
     hidden, base = embed(model, images)
-    for index, layer in enumerate(blocks(base)):
+    for index, layer in enumerate(base.layers):
         out = layer(hidden)
         hidden = keep(index, out[0] if isinstance(out, tuple) else out)
     return finish(model, base, hidden)
@@ -86,7 +87,7 @@ def test_patches_that_pass_by_keep_their_value(deit):
     model, images = make_vit(deit), make_images()
     pruner, prefix = make_pruner(ShivaViTConfig(0.4, (1, 2))), 2 if deit else 1
     hidden, base = embed(model, images)
-    for index, layer in enumerate(blocks(base)):
+    for index, layer in enumerate(base.layers):
         if index not in (1, 2):
             hidden = layer(hidden)
             continue
@@ -145,11 +146,11 @@ def test_the_noise_of_training_and_the_class_token(monkeypatch):
     model.train()
     seen = {}
     hidden, base = embed(model, make_images(2).double().float())
-    clean = blocks(base)[0](hidden)
+    clean = base.layers[0](hidden)
     normed = F.layer_norm(clean, (WIDTH,), pruner.norm.weight, pruner.norm.bias, pruner.norm.eps)
     share = torch.softmax(pruner.heads["0"](clean[:, 1:]).squeeze(-1), dim=-1)
     torch.testing.assert_close(share.sum(dim=1), torch.ones(2))
-    blocks(base)[1].register_forward_pre_hook(lambda module, args: seen.setdefault("drawn", []).append(args[0]))
+    base.layers[1].register_forward_pre_hook(lambda module, args: seen.setdefault("drawn", []).append(args[0]))
     torch.manual_seed(3)
     with shiva_ext.enable(model, pruner), torch.no_grad():
         for _ in range(320):  # times 32 channels: 10,240 draws a patch
@@ -166,10 +167,10 @@ def test_the_rescaled_noise_spares_the_best_patch_entirely():
     model.train()
     seen = []
     hidden, base = embed(model, make_images(1))
-    clean = blocks(base)[0](hidden)
+    clean = base.layers[0](hidden)
     normed = F.layer_norm(clean, (WIDTH,))
     first = pruner.heads["0"](clean[:, 1:]).argmax().item()
-    blocks(base)[1].register_forward_pre_hook(lambda module, args: seen.append(args[0]))
+    base.layers[1].register_forward_pre_hook(lambda module, args: seen.append(args[0]))
     with shiva_ext.enable(model, pruner):
         model(make_images(1))
     moved = (seen[0] - normed)[0, 1:].abs().amax(dim=1)
@@ -212,7 +213,7 @@ def test_similar_patches_go_after_the_best_are_kept():
 def test_with_several_layers_similar_patches_go_before_the_first_block():
     with shiva_ext.enable(make_vit(), make_pruner(TNTConfig(0.5, (1, 3), similar=4))) as handle:
         handle.model(make_images())
-    assert handle.lengths == [13, 13, 7, 7, 4, 4] and handle.kept[0].shape == (3, 12)
+    assert handle.lengths == [13, 13, 7, 7, 4, 4] and handle.kept[-1].shape == (3, 12)
 
 
 @pytest.mark.parametrize("n", [1, 2, 7, 16])
@@ -317,6 +318,11 @@ def test_files_that_are_missing_or_wrong(tmp_path):
         vit.load(tmp_path, sites=3)
     with pytest.raises(ValueError, match="keep is 1.5"):
         vit.load(tmp_path, keep=1.5)
+    with pytest.raises(ValueError, match="patches.safetensors has no heads for"):
+        vit.load(tmp_path, layers=(2,))
+    (tmp_path / "patches.json").write_text('{"method": "TNTConfig"}')
+    with pytest.raises(ValueError, match="KeyError"):
+        vit.load(tmp_path)
     (tmp_path / "patches.json").write_text('{"method": "Magic"}')
     with pytest.raises(ValueError, match="no method that is known, wanted one of TNTConfig"):
         vit.load(tmp_path)
@@ -365,17 +371,139 @@ def test_another_pruner_replaces_the_first_and_two_models_do_not_meet():
 
 @pytest.mark.parametrize("config", EVERY, ids=lambda config: type(config).__name__)
 @torch.no_grad()
-def test_bfloat16_and_compiled(config):
-    model, images, pruner = make_vit(), make_images(), make_pruner(config)
+def test_one_graph_for_every_batch_size(config):
+    model = make_vit(num_hidden_layers=12)
+    graphs = CompileCounter()
+    torch._dynamo.reset()
+    with shiva_ext.enable(model, make_pruner(config)):
+        compiled = torch.compile(model, backend=graphs, fullgraph=True)
+        for batch in (3, 5, 4):
+            images = make_images(batch)
+            torch.testing.assert_close(compiled(images).logits, model(images).logits)
+    assert graphs.frame_count <= 2  # one for the first size, one for all
+
+
+@pytest.mark.parametrize("config", [c for c in EVERY if c.scored()], ids=lambda config: type(config).__name__)
+def test_compiled_training_with_a_last_batch_that_is_smaller(config):
+    model, pruner = make_vit().train(), make_pruner(config).train()
+    torch._dynamo.reset()
     with shiva_ext.enable(model, pruner):
-        wanted = model(images).logits
-        torch._dynamo.reset()
         compiled = torch.compile(model, backend="eager")
-        torch.testing.assert_close(compiled(images).logits, wanted)
-    model, pruner = model.bfloat16(), pruner.bfloat16()
+        for batch in (4, 3, 2):
+            compiled(make_images(batch)).logits.sum().backward()
+    assert all(head.weight.grad.isfinite().all() for head in pruner.heads.values())
+
+
+@pytest.mark.parametrize("config", EVERY, ids=lambda config: type(config).__name__)
+@torch.no_grad()
+def test_bfloat16(config):
+    model, images, pruner = make_vit().bfloat16(), make_images(), make_pruner(config).bfloat16()
     with shiva_ext.enable(model, pruner):
         found = model(images.bfloat16()).logits
     assert found.dtype == torch.bfloat16 and torch.isfinite(found).all()
+
+
+def test_scores_are_float32_under_autocast():
+    pruner, x = make_pruner(DynamicViTConfig(0.5, (1,))), torch.randn(1, 196, WIDTH)
+    with torch.autocast("cpu", torch.bfloat16):
+        scores = pruner.scores(1, x.bfloat16())
+    assert scores.dtype == torch.float32 and len(scores[0].unique()) == 196
+
+
+@pytest.mark.parametrize("config", EVERY, ids=lambda config: type(config).__name__)
+def test_a_copy_after_a_training_step(config):
+    model = make_vit().train()
+    handle = shiva_ext.enable(model, make_pruner(config))
+    handle_loss = model(make_images()).logits.sum() + handle.loss()
+    handle_loss.backward()
+    other = copy.deepcopy(model).eval()
+    with torch.no_grad():
+        wanted = model.eval()(make_images()).logits
+        assert torch.equal(other(make_images()).logits, wanted)
+
+
+def test_the_loss_is_of_the_last_call_in_training_mode():
+    model = make_vit().train()
+    with shiva_ext.enable(model, make_pruner(DynamicViTConfig(0.2, (1,)))) as handle, torch.no_grad():
+        model(make_images())
+        before = handle.loss()
+        model.eval()(make_images())
+        assert torch.equal(handle.loss(), before) and before > 0
+
+
+@torch.no_grad()
+def test_a_wrapper_and_the_model_inside_are_one():
+    model, images = make_vit(), make_images()
+    dense = model(images).logits
+    first = shiva_ext.enable(model, make_pruner(DynamicViTConfig(0.5, (2,))))
+    second = shiva_ext.enable(model.vit, make_pruner(DynamicViTConfig(0.25, (2,))))
+    model(images)
+    assert second.lengths == [17] * 3 + [5] * 3 and first.lengths == []
+    shiva_ext.disable(model)
+    second.disable()
+    assert torch.equal(model(images).logits, dense)
+    shiva_ext.enable(model, make_pruner(DynamicViTConfig(0.5, (2,))))
+    shiva_ext.disable(model.vit)
+    assert torch.equal(model(images).logits, dense)
+
+
+def test_two_transformers_in_one_model_are_not_guessed_at():
+    two = torch.nn.ModuleDict({"a": make_vit(), "b": make_vit()})
+    with pytest.raises(ValueError, match="holds 2 vision transformers, a.vit, b.vit: enable one"):
+        shiva_ext.enable(two, make_pruner(DynamicViTConfig()))
+
+
+@torch.no_grad()
+def test_a_model_that_needs_all_patches_gets_them():
+    sizes = dict(hidden_size=WIDTH, num_hidden_layers=6, num_attention_heads=2, intermediate_size=64)
+    config = ViTConfig(**sizes, image_size=8, patch_size=2, num_channels=1, encoder_stride=2)
+    model = ViTForMaskedImageModeling(config).eval()
+    with pytest.raises(TypeError, match="makes a picture of all patches"):
+        shiva_ext.enable(model, make_pruner(DynamicViTConfig(0.6, (2,))))
+    with shiva_ext.enable(model, make_pruner(ShivaViTConfig(0.5, (2,)))):
+        assert model(make_images()).reconstruction.shape == (3, 1, 8, 8)
+
+
+@pytest.mark.parametrize("config", [c for c in EVERY if c.scored()], ids=lambda config: type(config).__name__)
+@pytest.mark.parametrize("reentrant", [False, True])
+def test_gradient_checkpointing_gives_the_same_gradients(config, reentrant):
+    found = []
+    for checkpointing in (False, True):
+        model, pruner = make_vit().train(), make_pruner(config).train()
+        if checkpointing:
+            model.gradient_checkpointing_enable({"use_reentrant": reentrant})
+        torch.manual_seed(5)
+        if checkpointing and reentrant and isinstance(config, DynamicViTConfig):
+            with pytest.raises(RuntimeError, match="reentrant checkpoints lose"), shiva_ext.enable(model, pruner):
+                model(make_images().requires_grad_())
+            return
+        with shiva_ext.enable(model, pruner) as handle:
+            (model(make_images().requires_grad_()).logits.sum() + handle.loss()).backward()
+        found.append([p.grad for p in (*model.parameters(), *pruner.heads.parameters())])
+    for one, other in zip(*found, strict=True):
+        torch.testing.assert_close(one, other)
+
+
+@torch.no_grad()
+def test_one_model_in_two_threads():
+    model, images, wanted = make_vit(), {n: make_images(n) for n in (1, 3)}, {}
+    shiva_ext.enable(model, make_pruner(DynamicViTConfig(0.5, (1, 3))))
+    for n, batch in images.items():
+        wanted[n] = model(batch).logits
+    wrong = []
+
+    def work(n):
+        with torch.no_grad():
+            for _ in range(40):
+                if not torch.equal(model(images[n]).logits, wanted[n]):
+                    wrong.append(n)
+
+    threads = [threading.Thread(target=work, args=(n,)) for n in images]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert not wrong
 
 
 @pytest.mark.parametrize(
@@ -385,6 +513,10 @@ def test_bfloat16_and_compiled(config):
         (lambda: DynamicViTConfig(float("nan")), "keep is nan"),
         (lambda: DynamicViTConfig(0.5, ()), "wanted one or more blocks"),
         (lambda: DynamicViTConfig(0.5, (3, 1)), "ascending"),
+        (lambda: DynamicViTConfig(0.5, 2), "layers is 2, wanted a sequence of whole numbers"),
+        (lambda: DynamicViTConfig(0.5, (2.0,)), "wanted a sequence of whole numbers"),
+        (lambda: DynamicViTConfig(0.5, (2,), tau=0), "tau is 0"),
+        (lambda: TNTConfig(noise=-1.0), "noise is -1.0"),
         (lambda: ShivaViTConfig(0.5, (-1,)), "from 0 on"),
         (lambda: TNTConfig(0.5, (5,)), "wanted some of the first 5 blocks"),
         (lambda: TNTConfig(similar=-1), "similar is -1"),

@@ -122,49 +122,66 @@ class Chunk(nn.Module):
         self, dim: int, ratio: float = 2.0, reduction: str = "sum", tau: float | None = 6.0, fixed: bool = False
     ):
         super().__init__()
-        if not ratio > 1:
+        if not 1 < ratio < float("inf"):
             raise ValueError(f"ratio, tokens a concept, must be above 1, got {ratio}")
         if reduction not in REDUCTIONS:
             raise ValueError(f"reduction must be one of {', '.join(REDUCTIONS)}, got {reduction!r}")
         if tau is not None and not tau >= 1:
             raise ValueError(f"tau must be at least 1, or None, got {tau}")
         self.ratio, self.reduction, self.tau, self.fixed = ratio, reduction, tau, fixed
-        self.query = nn.Linear(dim, dim, bias=False)
-        self.key = nn.Linear(dim, dim, bias=False)
+        if not fixed:
+            self.query = nn.Linear(dim, dim, bias=False)
+            self.key = nn.Linear(dim, dim, bias=False)
 
-    def forward(self, hidden: Tensor, generator: torch.Generator | None = None) -> tuple[Tensor, Chunks]:
+    def forward(
+        self, hidden: Tensor, generator: torch.Generator | None = None, valid: Tensor | None = None
+    ) -> tuple[Tensor, Chunks]:
         """hidden [B,N,D] -> concepts [B,M,D], right-padded to the longest sample's M, and how they were cut.
 
         Padding comes last, so that a causal model needs no mask for it.
 
+        Args:
+            hidden: [B,N,D].
+            generator: of the noise on boundaries.
+            valid: bool [B,N], False for padding at a sample's end, which opens no concepts and counts in no loss. What
+                comes back for it means nothing.
+
         Raises:
-            ValueError: there are no tokens.
+            ValueError: there are no tokens, or ``valid`` does not fit or hides a sample's first token.
         """
         if hidden.ndim != 3 or not hidden.shape[0] or not hidden.shape[1]:
             raise ValueError(f"Chunk: hidden has shape {tuple(hidden.shape)}, wanted [B,N,D] with a token at least")
         probability = self.probability(hidden)
         boundary = self._boundary(probability, generator)
+        if valid is not None:
+            if valid.shape != boundary.shape or valid.dtype != torch.bool or not valid[:, 0].all():
+                raise ValueError(
+                    f"Chunk: valid is {valid.dtype} {tuple(valid.shape)}, wanted bool {tuple(boundary.shape)}, True at "
+                    "each sample's first token"
+                )
+            boundary = boundary & valid
         most = int(boundary.sum(dim=1).max())
         position = _first(boundary, most)
         number = boundary.long().cumsum(dim=1) - 1
         concepts = self._reduce(hidden, boundary, number, position)
         # The sum and the last token of a chunk are not known before it ends.
         concept = number if self.reduction == "first" else number - 1
-        loss = ratio_loss(boundary, probability, self.ratio)
+        seen = (boundary, probability) if valid is None else (boundary[valid], probability[valid])
+        loss = ratio_loss(*seen, self.ratio)
         return concepts, Chunks(probability, boundary, position, concept, loss)
 
     def probability(self, hidden: Tensor) -> Tensor:
-        """p [B,N] of hidden [B,N,D]."""
+        """p [B,N] of hidden [B,N,D], float32 (float64 of float64)."""
         if self.fixed:
-            n = torch.arange(hidden.shape[1], device=hidden.device)
-            cut = (n / self.ratio).long() != ((n - 1) / self.ratio).floor().long()
-            return cut.to(hidden.dtype).expand(len(hidden), -1)
+            n = torch.arange(hidden.shape[1], device=hidden.device, dtype=torch.float64)
+            cut = (n / self.ratio).floor() != ((n - 1) / self.ratio).floor()
+            return _wide(cut.to(hidden.dtype)).expand(len(hidden), -1)
         likeness = F.cosine_similarity(self.query(hidden[:, 1:]), self.key(hidden[:, :-1]), dim=-1)
-        return F.pad((1 - _wide(likeness)) / 2, (1, 0), value=1.0).to(hidden.dtype)
+        return F.pad((1 - _wide(likeness)) / 2, (1, 0), value=1.0)
 
     def _boundary(self, probability: Tensor, generator: torch.Generator | None) -> Tensor:
         if self.training and self.tau is not None and not self.fixed:
-            sharp = sharpen(probability.detach().float(), self.tau)
+            sharp = sharpen(probability.detach(), self.tau)
             drawn = torch.rand(sharp.shape, generator=generator, device=sharp.device) < sharp
             drawn[:, 0] = True
             return drawn
@@ -193,7 +210,8 @@ class Dechunk(nn.Module):
         p = torch.cat([torch.ones_like(p[:, :1]), p[:, 1:]], dim=1)
         averages = ops.ema_scan(concepts, p)
         known = chunks.concept >= 0
-        mine = _Spread.apply(averages, chunks.concept.clamp_min(0)) * known.unsqueeze(-1)
+        mine = _Spread.apply(averages, chunks.concept.clamp_min(0))
+        mine = torch.where(known.unsqueeze(-1), mine, 0)  # not times 0, which a NaN of a later token would survive
         chosen = torch.where(chunks.boundary, chunks.probability, 1 - chunks.probability)
-        factor = 1 + chosen - chosen.detach()
-        return hidden + factor.unsqueeze(-1) * mine, mine
+        factor = 1 + (chosen - chosen.detach())  # exactly 1
+        return hidden + factor.unsqueeze(-1).to(mine.dtype) * mine, mine

@@ -39,6 +39,13 @@ class ConceptConfig:
     ratio_weight: float = 0.03
     packed: bool = False
 
+    def __post_init__(self):
+        if self.heads < 1 or self.width % (2 * self.heads) or self.width < 16:
+            raise ValueError(
+                f"ConceptConfig: width is {self.width}, wanted 16 or more, for {self.heads} heads with an even "
+                "number of channels"
+            )
+
 
 def rotary(x: Tensor, position: Tensor | None = None, base: float = 10000.0) -> Tensor:
     """Rotary positions of x [B,heads,N,d]: position [N], or from 0."""

@@ -28,7 +28,10 @@ def perturb(scores: Tensor, noise_fraction: float, generator: torch.Generator | 
     if noise_fraction == 0:
         return scores
     spread = scores.detach().std(dim=-1, correction=0, keepdim=True)
-    noise = torch.randn(scores.shape, generator=generator, dtype=scores.dtype, device=scores.device)
+    if generator is None:
+        noise = torch.randn_like(scores)  # a compiler takes this with shapes that change, and no generator
+    else:
+        noise = torch.randn(scores.shape, generator=generator, dtype=scores.dtype, device=scores.device)
     return scores + noise_fraction * spread * noise
 
 

@@ -1,5 +1,6 @@
 """Settings of the ways to prune a vision transformer's patches."""
 
+import operator
 from dataclasses import dataclass
 
 
@@ -20,8 +21,11 @@ class PatchConfig:
     seed: int = 0
 
     def __post_init__(self):
-        object.__setattr__(self, "layers", tuple(self.layers))
         name = type(self).__name__
+        try:
+            object.__setattr__(self, "layers", tuple(operator.index(layer) for layer in self.layers))
+        except TypeError as error:
+            raise ValueError(f"{name}: layers is {self.layers!r}, wanted a sequence of whole numbers") from error
         if not 0 < self.keep <= 1:
             raise ValueError(f"{name}: keep is {self.keep}, wanted a share above 0 and at most 1")
         rising = all(a < b for a, b in zip(self.layers, self.layers[1:], strict=False))
@@ -65,6 +69,8 @@ class TNTConfig(PatchConfig):
         super().__post_init__()
         if self.similar < 0:
             raise ValueError(f"TNTConfig: similar is {self.similar}, wanted a number of patches")
+        if not self.noise >= 0:
+            raise ValueError(f"TNTConfig: noise is {self.noise}, wanted a standard deviation")
         if self.layers[-1] >= self.sites:
             raise ValueError(
                 f"TNTConfig: layers is {self.layers}, wanted some of the first {self.sites} blocks, the sites, which "
@@ -89,6 +95,11 @@ class DynamicViTConfig(PatchConfig):
 
     tau: float = 1.0
     ratio_weight: float = 2.0
+
+    def __post_init__(self):
+        super().__post_init__()
+        if not self.tau > 0:
+            raise ValueError(f"DynamicViTConfig: tau is {self.tau}, wanted a temperature above 0")
 
 
 @dataclass(frozen=True)

@@ -8,6 +8,7 @@ from pathlib import Path
 import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
+from torch.nn import functional as F
 
 from ..files import write_text
 from ..selection import get_estimator
@@ -39,7 +40,13 @@ class PatchPruner(nn.Module):
     def scores(self, layer: int, x: Tensor) -> Tensor:
         """Scores [B,n], float32, of patches x [B,n,D] at a block."""
         head = self.heads[str(layer)]
-        return torch.nn.functional.linear(x.float(), head.weight.float(), head.bias.float()).squeeze(-1)
+        with torch.autocast(x.device.type, enabled=False):  # in half precision many of them would be equal
+            return F.linear(x.float(), head.weight.float(), head.bias.float()).squeeze(-1)
+
+    @property
+    def device(self) -> torch.device | None:
+        """Where the heads are; None without any."""
+        return next((parameter.device for parameter in self.parameters()), None)
 
     def save(self, folder: str | os.PathLike) -> None:
         """Write ``patches.json`` and ``patches.safetensors``."""
@@ -69,8 +76,11 @@ def load(folder: str | os.PathLike, **changes) -> PatchPruner:
     cls = CONFIGS[about["method"]]
     try:
         config = cls(**about["config"] | changes)
-    except TypeError as error:
-        raise ValueError(f"{folder / _CONFIG} and {changes} do not make a {cls.__name__}: {error}") from error
-    pruner = PatchPruner(config, about["width"])
-    pruner.load_state_dict(load_file(folder / _WEIGHTS))
+        pruner = PatchPruner(config, about["width"])
+    except (TypeError, KeyError) as error:
+        raise ValueError(f"{folder / _CONFIG} and {changes} do not make a {cls.__name__}: {error!r}") from error
+    try:
+        pruner.load_state_dict(load_file(folder / _WEIGHTS))
+    except RuntimeError as error:
+        raise ValueError(f"{folder / _WEIGHTS} has no heads for {config}: {error}") from error
     return pruner

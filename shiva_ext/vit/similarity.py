@@ -28,8 +28,9 @@ def drop_similar(x: Tensor, count: int, order: Tensor) -> Tensor:
     if not 0 <= count <= n // 2:
         raise ValueError(f"drop_similar: count is {count}, wanted 0 to {n // 2}, half of {n} patches")
     first, second = order[: n // 2], order[n // 2 :]
-    unit = F.normalize(x.float(), dim=-1)
-    nearest = (unit[:, first] @ unit[:, second].transpose(1, 2)).amax(dim=2)  # [B, n // 2]
+    with torch.autocast(x.device.type, enabled=False):
+        unit = F.normalize(x.float(), dim=-1)
+        nearest = (unit[:, first] @ unit[:, second].transpose(1, 2)).amax(dim=2)  # [B, n // 2]
     stays = ops.topk_select(-nearest, n // 2 - count)[0]
     kept = torch.cat([first[stays], second.expand(len(x), -1)], dim=1)
     return kept.sort(dim=1).values
