@@ -373,6 +373,39 @@ EXPERT_KERNELS = [
           why="the tool divides the rows into other slices than a reference does"),
 ]
 
+SCAN, SHORT = "ema_scan_kernel.cuh", "B 2, M 2, D 130"
+# Compared are rows of one chunk; free of races are two of them, of 64 tokens and 2.
+LONG, CHUNKS = "B 1, M 66, D 130, 2 chunks", (1, 66, 130, 2)
+
+
+def carry(B, M, D, chunks):
+    return [rows(tensor("x", B, M, D)), tensor("p", B, M), M, D, out("carry", B, chunks, D), out("decay", B, chunks)]
+
+
+def scan(B, M, D, chunks):
+    return [rows(tensor("x", B, M, D)), tensor("p", B, M), tensor("carry", B, chunks, D), tensor("decay", B, chunks),
+            M, D, out("out", B, M, D)]
+
+
+def scan_backward(B, M, D, chunks):
+    return [*(rows(tensor(name, B, M, D)) for name in ("grad", "x", "e")), tensor("p", B, M),
+            tensor("carry", B, chunks, D), tensor("decay", B, chunks), B, M, D, out("grad_x", B, M, D),
+            out("part", -(-D // 128) * 4, B, M)]
+
+
+EMA_KERNELS = [
+    Proof("ema_carry_kernel<float, false>", SCAN, 4, 128, SHORT, carry(2, 2, 130, 1), "ema_carry"),
+    Proof("ema_carry_kernel<float, true>", SCAN, 4, 128, SHORT, carry(2, 2, 130, 1), "ema_carry_backward"),
+    Proof("ema_scan_kernel<float>", SCAN, 4, 128, "B 2, M 5, D 130", scan(2, 5, 130, 1), "ema_scan"),
+    Proof("ema_scan_backward_kernel<float>", SCAN, 4, 128, SHORT, scan_backward(2, 2, 130, 1), "ema_scan_backward"),
+    Proof("ema_carry_kernel<float, false>", SCAN, 4, 128, LONG, carry(*CHUNKS), why=TOO_LONG),
+    Proof("ema_carry_kernel<float, true>", SCAN, 4, 128, LONG, carry(*CHUNKS), why=TOO_LONG),
+    Proof("ema_scan_kernel<float>", SCAN, 4, 128, LONG, scan(*CHUNKS), why=TOO_LONG),
+    Proof("ema_scan_backward_kernel<float>", SCAN, 4, 128, LONG, scan_backward(*CHUNKS), why=TOO_LONG),
+    Proof("ema_parts_kernel<float>", SCAN, 2, 256, "8 parts of 300", [tensor("part", 8, 300), 8, 300, out("out", 300)],
+          "ema_parts"),
+]
+
 KERNELS = [
     *ROW_KERNELS,
     *MEAN_KERNELS,
@@ -382,4 +415,5 @@ KERNELS = [
     *TOPK_KERNELS,
     *FACILITY_KERNELS,
     *EXPERT_KERNELS,
+    *EMA_KERNELS,
 ]

@@ -225,6 +225,7 @@ def self_test(timeout: float) -> list[str]:
     scale = "(1 + scales[i])"
     dispatch = find("expert_dispatch_kernel<uint4>", "T 5, K 2, E 3, 528 bytes a row")
     slot = "next[mine] + rank"
+    scan, part = find("ema_scan_backward_kernel<float>", "B 2, M 2, D 130"), "at.channel / kWarp * B * M + at.b * M"
     cases = [
         ("no barrier before a stage is read", ring, router, staged, "//", "potential_race"),
         ("no wait for a stage's copies", ring, router, reused, "", "potential_race"),
@@ -240,6 +241,8 @@ def self_test(timeout: float) -> list[str]:
         ("one element past the last read", chunks, common, chunk, chunk.replace("<", "<="), "equivalence_not_proven"),
         ("scale for 1 + scale", modulate, "gather_modulate_kernel.cuh", scale, "scales[i]", "equivalence_not_proven"),
         ("a row for two choices", dispatch, "expert_rows_kernel.cuh", slot, slot.split(" ")[0], "potential_race"),
+        ("a place for all warps' sums", scan, "ema_scan_kernel.cuh", part, "at.b * M", "potential_race"),
+        ("all of a gradient", scan, "ema_scan_kernel.cuh", "share * total", "total", "equivalence_not_proven"),
         ("a token twice", dataclasses.replace(scatter, parameters=twice), "", "", "", "potential_race"),
     ]
     complaints = []

@@ -306,3 +306,65 @@ def expert_combine_backward(grad, rows, weight):
     T = len(grad)
     scaled = torch.cat([weight.unsqueeze(-1) * grad, torch.zeros_like(rows[T:])])
     return scaled, (grad * rows[:T]).sum(-1)
+
+
+# ---- ema_scan: what a factor of 0 lets through is 0
+
+
+def let_through(factor, state):
+    return torch.where(factor == 0, torch.zeros_like(state), factor * state)
+
+
+def rest_of(p, m):
+    return 1 - p[:, m, None]
+
+
+def decay_of(p, tokens):
+    through = torch.ones_like(p[:, 0])
+    for m in tokens:
+        through = through * (1 - p[:, m])
+    return through.unsqueeze(1)
+
+
+def ema_carry(x, p):
+    """e of the last token; the product of 1 - p"""
+    state = torch.zeros_like(x[:, 0])
+    for m in range(x.shape[1]):
+        state = p[:, m, None] * x[:, m] + let_through(rest_of(p, m), state)
+    return state.unsqueeze(1), decay_of(p, range(x.shape[1]))
+
+
+def ema_carry_backward(x, p):
+    """the same from the last token on, of (1 - p) (x + what comes)"""
+    state, tokens = torch.zeros_like(x[:, 0]), range(x.shape[1] - 1, -1, -1)
+    for m in tokens:
+        state = let_through(rest_of(p, m), x[:, m] + state)
+    return state.unsqueeze(1), decay_of(p, tokens)
+
+
+def ema_scan(x, p):
+    """e_m = p_m x_m + (1 - p_m) e_{m-1}"""
+    state, found = torch.zeros_like(x[:, 0]), []
+    for m in range(x.shape[1]):
+        state = p[:, m, None] * x[:, m] + let_through(rest_of(p, m), state)
+        found.append(state)
+    return torch.stack(found, 1)
+
+
+def ema_scan_backward(grad, x, e, p):
+    """p_m g_m for g_m = grad_m + (1 - p_{m+1}) g_{m+1}; sums over 32 channels of g_m (x_m - e_{m-1})"""
+    state, scaled, slopes = torch.zeros_like(x[:, 0]), [], []
+    for m in range(x.shape[1] - 1, -1, -1):
+        g = grad[:, m] + state
+        scaled.append(p[:, m, None] * g)
+        slopes.append(g * (x[:, m] - e[:, m - 1] if m else x[:, m]))
+        state = let_through(rest_of(p, m), g)
+    slope = torch.stack(slopes[::-1], 1)
+    parts = [slope[:, :, d : d + 32].sum(2) for d in range(0, x.shape[2], 32)]
+    parts += [torch.zeros_like(parts[0])] * (-len(parts) % 4)  # of a block's warps beyond the channels
+    return torch.stack(scaled[::-1], 1), torch.stack(parts)
+
+
+def ema_parts(part):
+    """sum of the parts"""
+    return part.sum(0)
