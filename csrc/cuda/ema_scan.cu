@@ -50,10 +50,11 @@ std::tuple<Tensor, Tensor> ema_scan_backward(const Tensor& grad, const Tensor& x
   const Guard guard(op, x, grad, p, e);
   const Tensor dense_grad = with_dense_channels(grad), dense = with_dense_channels(x), dense_e = with_dense_channels(e);
   Tensor grad_x = torch::stable::new_empty(x, {t.B, t.M, t.D});
-  Tensor grad_p = torch::stable::new_zeros(x, {t.B, t.M}, accumulate_type(x));
-  if (grad_x.numel() == 0) return {grad_x, grad_p};
+  const ScalarType wide = accumulate_type(x);
+  if (grad_x.numel() == 0) return {grad_x, torch::stable::new_zeros(x, {t.B, t.M}, wide)};
+  Tensor grad_p = torch::stable::new_empty(x, {t.B, t.M}, wide);
   const Chunks chunks = chunks_of(op, x, t);
-  const Tensor part = torch::stable::new_empty(x, {chunks.parts, t.B, t.M}, accumulate_type(x));
+  const Tensor part = torch::stable::new_empty(x, {chunks.parts, t.B, t.M}, wide);
   const Stream stream = current_stream(x);
   const Rows grads = rows_of(dense_grad), rows = rows_of(dense), averages = rows_of(dense_e);
   dispatch(t.dtype, [&](auto* type) {
