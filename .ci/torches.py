@@ -25,7 +25,7 @@ from shiva_ext import build_info
 info = build_info()
 print(f"torch {torch.__version__}, its CUDA {torch.version.cuda}, the wheel's CUDA {info['cuda']}")
 ops = [s.name for s in torch._C._jit_get_all_schemas() if s.name.startswith("shiva::")]
-assert len(set(ops)) == 26, ops
+assert len(set(ops)) == 28, ops
 for op in ops:
     assert torch._C._dispatch_has_kernel_for_dispatch_key(op, "CPU"), f"{op} has no CPU kernel"
     if info["cuda"]:

@@ -2,6 +2,7 @@
 
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
+from itertools import product
 
 import torch
 import torch.nn.functional as F
@@ -16,6 +17,7 @@ PAIRWISE_LIMIT = 4096  # tokens; the pairwise formula needs several N x N matric
 ARRAY_LIMIT = 1 << 29  # bytes of the tokens; larger cases do not fit beside the rivals' results
 LAST_LEVEL_CACHE = 64 << 20  # more than the machine's
 HIDDEN, TAU, EPS = 64, 0.2, 1e-6
+SCANNED, SCAN_CHUNK = ((2, 1024), (2, 4096), (1, 16384)), 64  # rows and tokens; tokens a rival takes at once
 ROUTED = ((1024, 16, 2), (8192, 16, 2), (8192, 64, 6), (65536, 16, 2))  # tokens, experts, experts a token
 
 
@@ -381,6 +383,67 @@ def expert_rows(quick: bool) -> Iterator[Case]:
         )
 
 
+def _scan_loop(x, p):
+    """A token after the other, in float32."""
+    share = p.unsqueeze(-1)
+    state, found = torch.zeros_like(share[:, 0] * x[:, 0]), []
+    for scaled, rest in zip((share * x).unbind(1), (1 - share).unbind(1), strict=True):
+        state = torch.addcmul(scaled, rest, state)
+        found.append(state)
+    return torch.stack(found, dim=1).to(x.dtype)
+
+
+def _scan_doubling(x, p):
+    """e_m of ever longer stretches of tokens: twice as many in each step."""
+    rest, state, reach = (1 - p).unsqueeze(-1), p.unsqueeze(-1) * x, 1
+    while reach < x.shape[1]:
+        state = torch.cat([state[:, :reach], torch.addcmul(state[:, reach:], rest[:, reach:], state[:, :-reach])], 1)
+        rest = torch.cat([rest[:, :reach], rest[:, reach:] * rest[:, :-reach]], 1)
+        reach *= 2
+    return state.to(x.dtype)
+
+
+def _scan_matmul(x, p):
+    """A matmul for the tokens of each chunk, in the dtype of x, and a loop over the chunks."""
+    B, M, D = x.shape
+    share, tokens = p.view(B, -1, SCAN_CHUNK), x.view(B, -1, SCAN_CHUNK, D)
+    rest = 1 - share
+    after = torch.ones(SCAN_CHUNK, SCAN_CHUNK, dtype=torch.bool).tril(-1)
+    weight = torch.where(after, rest.unsqueeze(-1), 1).cumprod(-2).tril() * share.unsqueeze(-2)
+    alone, decay = weight.to(x.dtype) @ tokens, rest.cumprod(-1).unsqueeze(-1)
+    state, before = torch.zeros_like(decay[:, 0, 0] * alone[:, 0, 0]), []
+    for left, through in zip(alone[:, :, -1].unbind(1), decay[:, :, -1].unbind(1), strict=True):
+        before.append(state)
+        state = torch.addcmul(left.float(), through, state)
+    return torch.addcmul(alone, decay, torch.stack(before, 1).unsqueeze(2)).to(x.dtype).view(B, M, D)
+
+
+def ema_scan(quick: bool) -> Iterator[Case]:
+    rivals = {"loop over tokens": _scan_loop, "doubling": _scan_doubling, "matmul in chunks": _scan_matmul}
+    for (B, M), D, dtype in product(SCANNED[: 2 if quick else 3], (384, 1536), DTYPES):
+        x, p, grad = torch.randn(B, M, D).to(dtype), torch.rand(B, M), torch.randn(B, M, D).to(dtype)
+        p[:, ::50] = 1
+
+        def both(op, x=x, p=p, grad=grad):
+            x, p = (t.detach().requires_grad_() for t in (x, p))
+            out = op(x, p)
+            return out.detach(), *torch.autograd.grad(out, [x, p], grad.to(out.dtype))
+
+        yield Case(
+            *("ema_scan", (B, M, D), _name(dtype), lambda x=x, p=p: shiva.ema_scan(x, p)),
+            lambda x=x, p=p: reference.ema_scan(x.double(), p.double()),
+            {name: lambda x=x, p=p, rival=rival: rival(x, p) for name, rival in rivals.items()},
+            bytes_moved=2 * x.nbytes,
+            tolerance=_tolerance(dtype),
+        )
+        yield Case(
+            *("ema_scan fwd + bwd", (B, M, D), _name(dtype), lambda both=both: both(shiva.ema_scan)),
+            lambda both=both, x=x, p=p: both(reference.ema_scan, x.double(), p.double()),
+            {name: lambda both=both, rival=rival: both(rival) for name, rival in rivals.items()},
+            tolerance=_tolerance(dtype),
+        )
+
+
 def residual_gate(quick: bool) -> Iterator[Case]:
     """The backward alone. It must read both gradients and x once, and write the gradient of x."""
     for B, N, D, dtype, share, x, kept in _tokens(quick):
@@ -440,6 +503,7 @@ MAKERS = {
             expert_dispatch,
             expert_combine,
             expert_rows,
+            ema_scan,
             residual_gate,
             router_score,
         ),
@@ -537,5 +601,7 @@ TARGETS = (
         )
         for loop in ("published loop", "loop over experts")
     ),
+    _ratio("ema_scan", 3, (), "ema_scan, best of torch / ours"),
+    _ratio("ema_scan fwd + bwd", 3, (), "ema_scan and its backward, best of torch / ours"),
     _ratio("residual_gate backward", 1 / 1.2, ("copy of as many bytes",), "residual_gate backward, copy / ours"),
 )

@@ -72,6 +72,7 @@ def costs(B: int, N: int, D: int, k: int, H: int, size: int = 2) -> dict[str, Co
     partial = 2 * B * -(-k // chunk) * D * 4
     sorting_groups = 2 * index * B * N * -(-k // 512) + 2 * 4 * B * k
     choices = 2 * B * N
+    carries = 2 * B * -(-N // 64) * D * 4  # what each chunk of tokens leaves behind, written and read
     splits = -(-B * N // max(-(-B * N // 16 // 32) * 32, 512))
     return {
         "topk_select": Cost(B * N * (score + index)),
@@ -109,6 +110,9 @@ def costs(B: int, N: int, D: int, k: int, H: int, size: int = 2) -> dict[str, Co
         "expert_combine": Cost(3 * all_tokens + (index + score) * choices),
         # Which choice a row is: zeros, numbers, and read, in int32.
         "expert_combine backward": Cost(5 * all_tokens + (index + 3 * 4 + 2 * score) * choices, launches=3),
+        # Chunks read the carries of all before them, from a cache. Backward each warp has its part of p's gradient.
+        "ema_scan": Cost(3 * all_tokens + carries + 2 * B * N * score, launches=2),
+        "ema_scan backward": Cost(5 * all_tokens + carries + (3 + 2 * -(-D // 128) * 4) * B * N * score, launches=3),
     }
 
 
