@@ -3,9 +3,24 @@
 import torch
 from transformers import DeiTConfig, DeiTForImageClassification, ViTConfig, ViTForImageClassification
 
-from shiva_ext.vit import PatchConfig, PatchPruner
+from shiva_ext.vit import (
+    DynamicViTConfig,
+    PatchConfig,
+    PatchPruner,
+    RandomPatchConfig,
+    ShivaViTConfig,
+    TNTConfig,
+)
 
 WIDTH, PATCHES, DEPTH = 32, 16, 6
+EVERY = [
+    TNTConfig(0.5, (2,), norm_in_eval=False),
+    TNTConfig(0.5, (1, 3), similar=4),
+    DynamicViTConfig(0.5, (1, 3)),
+    ShivaViTConfig(0.5, (1, 2, 4)),
+    RandomPatchConfig(0.5, (2,)),
+    RandomPatchConfig(0.5, (2, 3), pass_by=True),
+]
 
 
 def make_vit(deit: bool = False, seed: int = 0, **options):
