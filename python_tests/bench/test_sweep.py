@@ -105,6 +105,7 @@ def test_the_shipped_sweep_has_four_strengths_of_every_rival():
         "IBTM",
         "SDTM",
         "SparseDiT",
+        "DiffCR",
         "DyDiT",
         "random",
         "largest norm",

@@ -31,6 +31,8 @@ _SPARSE = {
     f"{high:g} to {low:g}": {"high": high, "low": low}
     for high, low in ((0.94, 0.8), (0.89, 0.65), (0.8, 0.5), (0.6, 0.3))
 }
+# What is added to the learned ratios; at 0 it is as it was trained.
+_SHIFTS = {f"{each:+g}": {"shift": each} for each in (0.2, 0.1, 0.0, -0.1)}
 
 
 def _cells(name: str, method: str, source: str, strengths: dict[str, dict], **options) -> list[Row]:
@@ -70,6 +72,7 @@ def cells(testbed: str = "fashion") -> list[Row]:
         *_cells("IBTM", "method", "ibtm", _ratios(*MERGED), similarity="cosine", **WHOLE),
         *_cells("SDTM", "method", "sdtm", _SDTM),
         *_cells("SparseDiT", "artefact of a method", "sparsedit60", _SPARSE),
+        *_cells("DiffCR", "artefact of a method", "diffcr60", _SHIFTS),
         *_cells("DyDiT", "artefact of a method", "dydit60", _thresholds(0.2, 0.5, 0.7, 0.85)),
         *_selectors("random", "random", KEPT),
         *_selectors("random, last value", "random", KEPT, reconstruct="last"),
