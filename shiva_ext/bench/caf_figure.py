@@ -1,12 +1,12 @@
 """The picture of ``shiva bench caf``."""
 
-import os
 from pathlib import Path
 
 import numpy as np
 from matplotlib.figure import Figure
 from torch import Tensor
 
+from ..files import write_figure
 from ..testbed.figures import to_sheet
 
 _STYLES = {"CAF": ("#c0392b", "*-"), "rectified flow": ("#2d7fb8", "o-"), "dense": ("#444444", "s-")}
@@ -44,6 +44,4 @@ def draw(rows: list[dict], samples: dict[str, Tensor], file: Path) -> None:
     strips.set_xticks([])
     strips.tick_params(length=0)
     strips.set_frame_on(False)
-    temporary = f"{file}.tmp"
-    figure.savefig(temporary, dpi=110, format="png")
-    os.replace(temporary, file)
+    write_figure(figure, file)

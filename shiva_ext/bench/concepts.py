@@ -11,6 +11,7 @@ from rich.console import Console
 from rich.table import Table
 from torch import Tensor, nn
 
+from ..files import write_figure
 from ..testbed import book
 from .pareto import write_content
 
@@ -111,9 +112,7 @@ def _draw(measured: list[dict], file: Path) -> None:
         axis.errorbar(x, row["bits"], row["error"], fmt="o", color=f"C{number}", label=row["name"], capsize=3)
     axis.set(xlabel="time to read, without concepts = 1", ylabel="bits a byte, held-out pages")
     axis.legend(fontsize=8)
-    temporary = f"{file}.tmp"
-    figure.savefig(temporary, dpi=110, format="png")
-    os.replace(temporary, file)
+    write_figure(figure, file)
 
 
 def _print(measured: list[dict]) -> None:

@@ -12,6 +12,7 @@ from torch import Tensor, nn
 
 import shiva_ext
 
+from ..files import write_figure
 from ..testbed import quadrants
 from ..testbed.data import load_split
 from ..vlm import FastVConfig, FeatherConfig
@@ -131,9 +132,7 @@ def _draw(measured: list[dict], bias: list[dict], file: Path) -> None:
     right.invert_yaxis()
     right.set(xlabel="accuracy by quadrant", xlim=(0, 1))
     right.legend(fontsize=8)
-    temporary = f"{file}.tmp"
-    figure.savefig(temporary, dpi=110, format="png")
-    os.replace(temporary, file)
+    write_figure(figure, file)
 
 
 def _print(measured: list[dict], bias: list[dict]) -> None:

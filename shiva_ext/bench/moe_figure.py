@@ -1,11 +1,12 @@
 """The picture of ``shiva bench moe``."""
 
-import os
 from pathlib import Path
 
 import numpy as np
 from matplotlib.figure import Figure
 from torch import Tensor
+
+from ..files import write_figure
 
 
 def draw(training: dict[str, dict], load: Tensor, position: Tensor, file: Path) -> None:
@@ -44,6 +45,4 @@ def draw(training: dict[str, dict], load: Tensor, position: Tensor, file: Path) 
     grid[1, 0].set_ylabel("position in the picture")
     maps.colorbar(shares, ax=grid[0].tolist(), label="load, 1 is even")
     maps.colorbar(experts, ax=grid[1].tolist(), label="expert asked most", ticks=np.arange(n))
-    temporary = f"{file}.tmp"
-    figure.savefig(temporary, dpi=110, format="png")
-    os.replace(temporary, file)
+    write_figure(figure, file)

@@ -15,6 +15,7 @@ from torch.nn import functional as F
 
 import shiva_ext
 
+from ..files import write_figure
 from ..testbed import vit as bed
 from ..testbed.data import load_split
 from ..vit import PatchPruner
@@ -152,9 +153,7 @@ def _draw(measured: list[dict], file: Path) -> None:
         axis.axhline(dense, color="#888888", linestyle=":")
         axis.set(xlabel=label, ylabel="test accuracy")
     axes[0].legend(fontsize=8)
-    temporary = f"{file}.tmp"
-    figure.savefig(temporary, dpi=110, format="png")
-    os.replace(temporary, file)
+    write_figure(figure, file)
 
 
 def _print(measured: list[dict]) -> None:
