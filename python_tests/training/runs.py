@@ -53,7 +53,7 @@ def make_trainer(source=next_batch, **changes) -> ShivaTrainer:
 def everything(trainer: ShivaTrainer) -> dict[str, torch.Tensor]:
     """All that a run has learned."""
     found = {f"router.{k}": v.clone() for k, v in trainer.router.state_dict().items()}
-    found |= {f"policy.{k}": v.clone() for k, v in trainer.policy.state_dict().items()}
+    found |= {f"schedule.{k}": v.clone() for k, v in trainer.schedule.state_dict().items()}
     found["mu"] = trainer.budget_loss.mu.clone()
     return found | {f"adapter.{k}": v.detach().clone() for k, v in trainer._adapter_weights().items()}
 

@@ -4,6 +4,7 @@ import pytest
 import torch
 
 from shiva_ext.training import shared_ratios, stratified_ratios, stratified_timesteps
+from shiva_ext.training.sampling import regional_timesteps
 
 
 @pytest.mark.parametrize(("batch_size", "world"), [(1, 1), (16, 1), (4, 4), (1, 16), (3, 5)])
@@ -78,3 +79,28 @@ def test_an_impossible_range_of_ratios_is_an_error(arguments):
         stratified_ratios(*arguments)
     with pytest.raises(ValueError, match="wanted \\[samples, layers\\]"):
         shared_ratios(torch.rand(4))
+
+
+@pytest.mark.parametrize(("parts", "regions"), [(2, 10), (4, 4), (3, 2), (1, 5), (4, 1)])
+def test_each_part_draws_from_one_region_and_all_regions_have_their_turn(parts, regions):
+    seen = torch.zeros(regions)
+    for seed in range(60):
+        found = regional_timesteps(4, parts, regions, torch.Generator().manual_seed(seed))
+        places = [(levels * regions).long() for levels in found]
+        assert len(found) == parts and all(levels.shape == (4,) for levels in found)
+        assert all((place == place[0]).all() for place in places)
+        firsts = [int(place[0]) for place in places]
+        assert len(set(firsts)) == min(parts, regions)
+        seen[firsts] += 1
+    assert (seen > 0).all()
+
+
+def test_as_many_regions_as_parts_are_the_stratified_levels():
+    found = regional_timesteps(3, 4, 4, torch.Generator().manual_seed(0))
+    generator = torch.Generator().manual_seed(0)
+    assert all(torch.equal(found[i], stratified_timesteps(3, i, 4, generator)) for i in range(4))
+
+
+def test_no_regions_are_refused():
+    with pytest.raises(ValueError, match="regions is 0"):
+        regional_timesteps(2, 2, 0)

@@ -261,5 +261,30 @@ def test_every_estimator_trains_through_all_stages(name):
     trainer.run()
     after = everything(trainer)
     assert all(torch.isfinite(value).all() for value in after.values()) and trainer.bad_steps == 0
-    for part in ("router.", "policy."):
+    for part in ("router.", "schedule."):
         assert any(not torch.equal(before[key], after[key]) for key in before if key.startswith(part))
+
+
+@pytest.mark.parametrize("first_layer", [0, 2])
+def test_the_blocks_that_stay_dense_are_those_that_were_asked_for(first_layer, tmp_path):
+    config = replace(CONFIG, first_layer=first_layer, budget=0.5)
+    model = tiny_model()
+    trainer = ShivaTrainer(model, config, next_batch)
+    trainer.run()
+    pruned = [layer for layer, count in trainer.kept.items() if count < 16]
+    trainer.export(tmp_path)
+    trainer.close()
+    assert pruned == list(range(first_layer, 4))
+    artifact = shiva_ext.load(tmp_path)
+    assert all(set(row[:first_layer]) <= {1.0} for row in map(artifact.ratios, artifact.table.sigmas))
+    assert artifact.table.mean() == pytest.approx(0.5, abs=1 / 16)
+    with shiva_ext.enable(model, tmp_path, batched_guidance=False) as handle:
+        handle.record()
+        model(**inputs(), return_dict=False)
+        assert sorted(handle.records[0]["kept"]) == list(range(first_layer, 4))
+
+
+@pytest.mark.parametrize("first_layer, wanted", [(-1, "from 0 on"), (4, "wanted 0 to 3")])
+def test_a_model_of_which_nothing_would_be_pruned_is_refused(first_layer, wanted):
+    with pytest.raises(ValueError, match=wanted):
+        ShivaTrainer(tiny_model(), replace(CONFIG, first_layer=first_layer), next_batch)

@@ -8,6 +8,7 @@ from pathlib import Path
 import yaml
 
 from shiva_ext.methods import TRAINED
+from shiva_ext.selection.allocation import LOWEST
 
 METHODS = ("shiva", *TRAINED)
 # All attention and MLP linears of the blocks, of both streams.
@@ -38,9 +39,18 @@ class TrainConfig:
         anneal_to: how far the estimator's temperatures get on their way from start to end, in [0, 1]. Short runs may
             do better when they stay warm.
         policy_noise: standard deviation on the logits in the second stage, eq. 29.
+        schedule: "policy" learns the ratios by the estimator, as published. "measured" keeps the budget at every moment
+            and moves tokens to where the output comes nearest to the teacher's for them, by differences
+            (:func:`~.measure.ratio_values`) taken ``schedule_updates`` times in the first three quarters of the joint
+            stage; the second stage is left out then.
+        schedule_updates, schedule_samples: how often, and samples at each of at most ten noise levels.
+        regions: equal intervals of the noise level, of which each micro-batch draws from one. The samples of a
+            micro-batch share one count a layer, so few of them blur what a schedule does over time. 0 is one a
+            micro-batch of the global batch, as published (eq. 15), or ten for a measured schedule.
         adapter_rank: of the DoRA adapters; alpha equals it. 0 trains none.
         prompt_dropout: share of prompts replaced by the empty one.
         share, hidden: of the router, see :class:`shiva_ext.selection.RouterConfig`.
+        first_layer: blocks before it stay dense; the paper keeps the first one. The budget is that of the others.
         share_selection: whether the layers of a router also share what it selects, see
             :class:`shiva_ext.artifact.ShivaArtifact`.
         table_levels: noise levels of the exported look-up table, evenly spread over (0, 1].
@@ -88,10 +98,15 @@ class TrainConfig:
     budget_weight: float = 1.0
     anneal_to: float = 1.0
     policy_noise: float = 1.0
+    schedule: str = "policy"
+    schedule_updates: int = 6
+    schedule_samples: int = 32
+    regions: int = 0
     adapter_rank: int = 32
     prompt_dropout: float = 0.1
     share: int = 2
     hidden: int = 64
+    first_layer: int = 1
     share_selection: bool = False
     table_levels: int = 20
     precision: str = "bf16"
@@ -115,15 +130,29 @@ class TrainConfig:
         steps = {"router": self.router_steps, "policy": self.policy_steps, "joint": self.joint_steps, "end": 0}
         if self.method != "shiva":
             steps["router"] = steps["policy"] = 0
+        if self.schedule == "measured":
+            steps["policy"] = 0
         names = list(steps)
         return sum(steps[name] for name in names[: names.index(stage)])
 
     def __post_init__(self):
         if not 0 < self.budget <= 1:
             raise ValueError(f"TrainConfig: budget is {self.budget}, wanted a share above 0 and at most 1")
+        if self.first_layer < 0:
+            raise ValueError(f"TrainConfig: first_layer is {self.first_layer}, wanted a number of blocks from 0 on")
         if not 0 <= self.anneal_to <= 1:
             raise ValueError(f"TrainConfig: anneal_to is {self.anneal_to}, wanted a share of the way in [0, 1]")
-        for name, choices in (("precision", ("bf16", "fp32")), ("sharding", ("ddp", "fsdp"))):
+        if self.regions < 0:
+            raise ValueError(f"TrainConfig: regions is {self.regions}, wanted a number of intervals, or 0")
+        if self.schedule_updates < 1 or self.schedule_samples < 1:
+            raise ValueError(
+                f"TrainConfig: schedule_updates is {self.schedule_updates} and schedule_samples "
+                f"{self.schedule_samples}, wanted at least 1"
+            )
+        if self.schedule == "measured" and self.budget < LOWEST:
+            raise ValueError(f"TrainConfig: budget is {self.budget}, wanted at least {LOWEST} for a measured schedule")
+        choosable = {"precision": ("bf16", "fp32"), "sharding": ("ddp", "fsdp"), "schedule": ("policy", "measured")}
+        for name, choices in choosable.items():
             if getattr(self, name) not in choices:
                 raise ValueError(
                     f"TrainConfig: {name} is {getattr(self, name)!r}, wanted one of {', '.join(map(repr, choices))}"

@@ -202,6 +202,10 @@ class TrainingLoop(ABC):
         empty = {name: value.to(self.device).expand(B, *value.shape[1:]) for name, value in batch.empty.items()}
         return Call(noisy, wanted, inputs, self.recipe.inputs(self.transformer, noisy, timestep, empty))
 
+    def autocast(self) -> torch.autocast:
+        """What teacher and student run in."""
+        return torch.autocast(self.device.type, torch.bfloat16, enabled=self.config.precision == "bf16")
+
     def run_teacher(self, call: Call) -> Teacher:
         """The dense model's run; its output is guided where that is distilled."""
         teacher = run_teacher(self.transformer, self.state, **call.inputs)
@@ -272,8 +276,8 @@ class TrainingLoop(ABC):
         sums = average(torch.tensor([[r[name] for name in names] for r in records]).mean(dim=0), self.device)
         return dict(zip(names, sums.tolist(), strict=True))
 
-    def before_step(self, progress: float) -> None:  # noqa: B027
-        """A step begins; ``progress`` is the share of all stages' steps that are done."""
+    def before_step(self, stage: str, step: int, progress: float) -> None:  # noqa: B027
+        """A step of a stage begins; ``progress`` is the share of all stages' steps that are done."""
 
     def after_update(self) -> None:  # noqa: B027
         """The weights were just changed."""
@@ -320,7 +324,7 @@ class TrainingLoop(ABC):
             fall = config.lr_end + (1 - config.lr_end) * (steps - step) / max(1.0, config.decay * steps)
             for group in optimizer.param_groups:
                 group["lr"] = group["peak"] * min(1.0, (step + 1) / max(1, warmup), fall)
-            self.before_step((before + step) / total)
+            self.before_step(stage, step, (before + step) / total)
             optimizer.zero_grad(set_to_none=True)
             carried = self.carried()
             held = None if carried is None else carried.clone()

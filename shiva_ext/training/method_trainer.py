@@ -16,7 +16,7 @@ from shiva_ext.models import adapter_for
 
 from .config import TrainConfig
 from .loop import Batch, TrainingLoop
-from .sampling import stratified_timesteps
+from .sampling import regional_timesteps, stratified_timesteps
 
 
 class MethodPass:
@@ -99,10 +99,9 @@ class MethodTrainer(TrainingLoop):
         size = self.config.batch_size // micro
         if regions == 1:
             return [(stratified_timesteps(size, i, micro, generator),) for i in range(micro)]
-        order = torch.cat([torch.randperm(regions, generator=generator) for _ in range(-(-micro // regions))])
-        return [((int(r) + stratified_timesteps(size, generator=generator)) / regions,) for r in order[:micro]]
+        return [(levels,) for levels in regional_timesteps(size, micro, regions, generator)]
 
-    def before_step(self, progress: float) -> None:
+    def before_step(self, stage: str, step: int, progress: float) -> None:
         self.progress = progress
 
     def after_update(self) -> None:
@@ -111,7 +110,7 @@ class MethodTrainer(TrainingLoop):
     def loss(self, stage: str, drawn: tuple[Tensor, ...], generator: torch.Generator) -> tuple[Tensor, dict]:
         call, state = self.call(drawn[0], generator), self.state
         state.at(float(drawn[0].mean()), fixed=True)
-        with torch.autocast(self.device.type, torch.bfloat16, enabled=self.config.precision == "bf16"):
+        with self.autocast():
             teacher = self.run_teacher(call)
             state.trainer = student = MethodPass(state)
             try:

@@ -34,6 +34,29 @@ def stratified_timesteps(
     return sigma.float().clamp(max=1 - 2**-24)  # rounding to float32 may reach 1
 
 
+def regional_timesteps(size: int, parts: int, regions: int, generator: torch.Generator | None = None) -> list[Tensor]:
+    """Noise levels of the parts of a step, each part's from one of ``regions`` equal intervals.
+
+    Each part gets another interval while there are enough, in random order; with as many intervals as parts they are
+    :func:`stratified_timesteps` in their order.
+
+    Args:
+        size: samples of a part.
+        parts: of a step, of all processes together.
+        regions: intervals.
+        generator: of all of it; the same on all processes.
+
+    Returns:
+        ``parts`` times [size] float32 in [0, 1), ascending.
+    """
+    if regions < 1:
+        raise ValueError(f"regional_timesteps: regions is {regions}, wanted at least 1")
+    if regions == parts:
+        return [stratified_timesteps(size, i, parts, generator) for i in range(parts)]
+    order = torch.cat([torch.randperm(regions, generator=generator) for _ in range(-(-parts // regions))])
+    return [(int(r) + stratified_timesteps(size, generator=generator)) / regions for r in order[:parts]]
+
+
 def stratified_ratios(
     groups: int, low: float = 0.3, high: float = 0.95, generator: torch.Generator | None = None
 ) -> Tensor:

@@ -27,7 +27,8 @@ def load_start(config: TrainConfig, fresh: ShivaArtifact) -> ShivaArtifact:
     differences = []
     if start.model_class != fresh.model_class:
         differences.append(f"model class {start.model_class} (the run's is {fresh.model_class})")
-    for name in ("router", "policy"):
+    parts = ("router",) if fresh.policy is None else ("router", "policy")  # a measured schedule has no policy
+    for name in parts:
         found, wanted = getattr(start, name), getattr(fresh, name)
         found = {} if found is None else asdict(found.config)
         for key, value in asdict(wanted.config).items():
@@ -42,6 +43,6 @@ def load_start(config: TrainConfig, fresh: ShivaArtifact) -> ShivaArtifact:
             f"shiva_ext: cannot start from {config.start_from}: it has {', '.join(differences)}; change the settings, "
             "or start afresh"
         )
-    for name in ("router", "policy"):
+    for name in parts:
         getattr(fresh, name).load_state_dict(getattr(start, name).state_dict())
     return start
