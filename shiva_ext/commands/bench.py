@@ -58,6 +58,12 @@ def _bench_vit(args) -> None:
     run(args.vit, args.samples, args.repeats, args.data_dir, args.out)
 
 
+def _bench_schedule(args) -> None:
+    from ..bench.schedule import run
+
+    run(args.artefacts, args.budget, args.samples, args.out)
+
+
 def _bench_concepts(args) -> None:
     from ..bench.concepts import run
 
@@ -201,3 +207,11 @@ def add(commands) -> None:
     sub.add_argument("--out", default="results", help="folder of compose.json, which finished cells are read from")
     sub.add_argument("--cache-dir", default="build/pareto", help="folder of the images")
     sub.set_defaults(run=_bench_compose)
+    sub = bench.add_parser(
+        "schedule", help="what a token more is worth by layer and noise level, and what is kept there"
+    )
+    sub.add_argument("--artefacts", nargs="+", metavar="FOLDER", help="of the first testbed; by default two that ship")
+    sub.add_argument("--budget", type=float, help="all are moved to; by default each at its own")
+    sub.add_argument("--samples", type=int, default=64, help="at each noise level")
+    sub.add_argument("--out", default="results", help="folder of schedule.json")
+    sub.set_defaults(run=_bench_schedule)
