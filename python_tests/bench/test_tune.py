@@ -170,3 +170,22 @@ def test_what_a_model_refuses_is_kept_as_well(folder, tmp_path, capsys, monkeypa
     assert tune._tried(study, refused, dense) is None
     first, second = (line for line in capsys.readouterr().out.splitlines() if "is left out" in line)
     assert first == second and "smoothcache" in first
+
+
+def test_a_testbed_brings_its_own_prompts_selection_and_settings(tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(tune, "CACHES", (("fora", 2),))
+    monkeypatch.setattr(tune, "BUDGETS", (0.6,))
+    monkeypatch.setattr(tune, "TESTBED_STEPS", 4)
+    found = tune.run(
+        "fashion", tmp_path / "t.json", bound=0.01, samples=2, measured=1, cache_dir=tmp_path / "c", timing_repeats=1
+    )
+    text = capsys.readouterr().out
+    assert "Shiva 60%, 4 steps" in text and "fora 2, 4 steps" in text and "3 steps" in text
+    assert found.measured["samples"] == 2 and found.measured["dense_steps"] == 4
+    assert shiva_ext.Configuration.load(tmp_path / "t.json") == found
+
+
+@pytest.mark.parametrize("given", [dict(prompts="x.txt"), dict(size=64), dict(revision="0")])
+def test_what_a_testbed_has_of_its_own_is_not_given(given, tmp_path):
+    with pytest.raises(ValueError, match="are not for the testbed 'emoji'"):
+        tune.run("emoji", tmp_path / "t.json", cache_dir=tmp_path, **given)

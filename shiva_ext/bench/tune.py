@@ -19,8 +19,13 @@ from ..caches.file import read_cache, save_cache
 from ..configuration import Configuration
 from ..evaluation.image_metric import fingerprint, read_picture
 from ..evaluation.metrics import ssim
+from ..testbed.beds import TESTBEDS, get_testbed
+from ..testbed.model import ASSETS
+from ..testbed.pipeline import TestbedPipeline
 from ..testbed.rows import Dense
 from ..training.fit import load_pipeline
+from .compose import SHIVA
+from .compose import STEPS as TESTBED_STEPS
 from .model_cells import BUDGETS, Cell
 from .model_study import ModelStudy, hash_of, write_json
 from .pareto_model import DTYPES, read_prompts
@@ -183,13 +188,14 @@ def run(
     number and calibration is kept under ``cache_dir``: a run that was stopped goes on.
 
     Args:
-        model: folder of a diffusers pipeline, or a hub id with its ``revision``.
+        model: folder of a diffusers pipeline, a hub id with its ``revision``, or a testbed: "fashion", "emoji".
         out: JSON file for :func:`shiva_ext.enable`.
         budget: wanted speed-up over the dense pipeline with all steps; by default as much as the bound lets.
         bound: least mean SSIM to the dense pipeline's pictures.
         artefact: a trained selection, if there is one.
         prompts, samples: file with a prompt a line, and how many pictures are compared.
-        steps, guidance, size: of the sampler; by default the pipeline's own.
+        steps, guidance, size: of the sampler; by default the pipeline's own. A testbed
+            has its own, as prompts and artefact.
         measured: how many combinations to measure.
         dtype, device, seed, cache_dir, timing_repeats: as for ``shiva bench pareto --model``.
 
@@ -207,14 +213,24 @@ def run(
     if Path(out).suffix != ".json":
         raise ValueError(f"shiva tune: out is {str(out)!r}, wanted a file ending in .json, as enable takes it")
     device = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
-    pipe = load_pipeline(model, revision, DTYPES[dtype]).to(device)
+    if model in TESTBEDS:
+        if prompts is not None or size is not None or revision is not None:
+            raise ValueError(f"shiva tune: prompts, size and revision are not for the testbed {model!r}")
+        bed = get_testbed(model)
+        pipe = TestbedPipeline.of(bed, DTYPES[dtype]).to(device)
+        texts = [bed.prompts()[i] for i in bed.labels(samples).tolist()]
+        identity = {"testbed": model, "folder": fingerprint(bed.model_dir)}
+        steps, guidance = steps or TESTBED_STEPS, bed.guidance if guidance is None else guidance
+        artefact = str(ASSETS / SHIVA[model]) if artefact is None else artefact
+    else:
+        pipe = load_pipeline(model, revision, DTYPES[dtype]).to(device)
+        texts = read_prompts(prompts)
+        identity = {"folder": fingerprint(model)} if Path(model).is_dir() else {"hub": model, "revision": revision}
     if steps is None:
         steps = inspect.signature(pipe.__call__).parameters["num_inference_steps"].default
-    identity = {"folder": fingerprint(model)} if Path(model).is_dir() else {"hub": model, "revision": revision}
     study = TuneStudy(
-        pipe, identity, read_prompts(prompts), Path(cache_dir), samples, steps, guidance, size, artefact, 1, seed,
-        timing_repeats,
-    )  # fmt: skip
+        pipe, identity, texts, Path(cache_dir), samples, steps, guidance, size, artefact, 1, seed, timing_repeats
+    )
     dense = cell_of(steps)
     fewer = sorted({max(2, round(share * steps)) for share in STEP_SHARES} - {steps}, reverse=True)
     axes = {

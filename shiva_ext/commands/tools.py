@@ -57,7 +57,7 @@ def _speed_up(text: str) -> float:
 def _add_tune(commands) -> None:
     sub = commands.add_parser("tune", help="the selection, cache and steps that are worth it together on one's model")
     add = sub.add_argument
-    add("--model", required=True, help="folder of a diffusers pipeline, or a hub id")
+    add("--model", required=True, help="folder of a diffusers pipeline, a hub id, or fashion or emoji")
     add("--revision", help="commit of a hub id")
     add("--out", required=True, metavar="FILE", help="JSON file to write, for enable")
     add("--budget", type=_speed_up, metavar="2.5x", help="wanted speed-up; by default as much as the bound lets")

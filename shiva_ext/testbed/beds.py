@@ -12,6 +12,7 @@ from torch import Tensor
 from ..evaluation.metrics import bootstrap_distances, class_accuracy, frechet_distance, gaussian
 from ..evaluation.pareto import DEVIATIONS
 from . import classifier, emoji, model, sampling
+from .data import CLASSES
 from .emoji_classifier import load_emoji_classifier
 
 
@@ -47,6 +48,10 @@ class Testbed(ABC):
     @abstractmethod
     def load(self, dtype: torch.dtype) -> tuple[SD3Transformer2DModel, Callable[[Tensor], tuple[Tensor, Tensor]]]:
         """The transformer, and what turns labels [B] into prompt tokens and pooled prompts."""
+
+    @abstractmethod
+    def prompts(self) -> list[str]:
+        """What can be drawn; a label is a place in this list."""
 
     @abstractmethod
     def labels(self, count: int) -> Tensor:
@@ -88,6 +93,9 @@ class Fashion(Testbed):
     def load(self, dtype: torch.dtype):
         return model.load_model(self.model_dir, dtype)
 
+    def prompts(self) -> list[str]:
+        return list(CLASSES)
+
     def labels(self, count: int) -> Tensor:
         return sampling.balanced_labels(count)
 
@@ -120,6 +128,9 @@ class Emoji(Testbed):
         transformer = SD3Transformer2DModel.from_pretrained(self.model_dir / "transformer", torch_dtype=dtype)
         tables = [table.to(dtype) for table in emoji.TextEncoder().encode([*self.captions, ""])]
         return transformer.eval().requires_grad_(False), lambda labels: tuple(table[labels] for table in tables)
+
+    def prompts(self) -> list[str]:
+        return list(self.captions)
 
     def labels(self, count: int) -> Tensor:
         """Captions in a fixed random order, each as often as another."""
