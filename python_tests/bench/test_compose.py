@@ -93,8 +93,13 @@ def test_it_runs_on_a_small_model_and_goes_on_where_it_stopped(model_dir, tmp_pa
     page = (tmp_path / "out" / "compose.html").read_text()
     assert "Together" in page and "ahead of every single method" in page
     assert json.loads((tmp_path / "out" / "compose.json").read_text()) == content
+    assert "On the emoji testbed" not in page
+    other = json.dumps(content | {"testbed": "emoji", "command": "of the other one"})
+    (tmp_path / "out" / "compose_emoji.json").write_text(other)
     monkeypatch.setattr("shiva_ext.testbed.report.Study.sample", lambda *_: pytest.fail("computed again"))
     assert compose.run(**settings) == content
+    both = (tmp_path / "out" / "compose.html").read_text()
+    assert "On the emoji testbed" in both and "of the other one" in both and both.count("<h2>Together</h2>") == 2
     with pytest.raises(ValueError, match="shiva bench compose: unknown method 'Tea'"):
         compose.run(**settings | {"methods": ["Tea"]})
 

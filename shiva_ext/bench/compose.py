@@ -1,5 +1,6 @@
 """``shiva bench compose``: fewer tokens, fewer computed steps, fewer steps, each alone and together."""
 
+import json
 import os
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -10,7 +11,7 @@ from ..testbed.report import Study
 from ..testbed.rows import Row
 from ..testbed.sampling import ADAMS, EULER
 from .pareto import SAMPLES, sweep
-from .pareto_page import points
+from .pareto_page import points, write_page
 
 STEPS = 25
 FEWER = (12, 6, 4)
@@ -61,34 +62,41 @@ def _row(model: _Model, cache: tuple[str, float] | None, steps: int, solver: str
     return Row(text, steps=steps, group=group, cache=cache, solver=solver, **model.row)
 
 
+def _best(model: _Model) -> list[Row]:
+    """What was best of each axis on the first testbed."""
+    return [_row(model, None, STEPS), _row(model, ("fora", 2), STEPS), *(_row(model, None, n, ADAMS) for n in (12, 6))]
+
+
 def cells(testbed: str = "fashion") -> list[Row]:
     """The grid: {dense, Shiva 60 %} x {no cache, three caches} x {25, 12, 6, 4 steps}.
 
-    And fewer steps of a solver of the second order, without a cache, whose stale velocities it would continue. On the
-    first testbed also both models with the guidance learned, for half the calls, without and with the control's tuning
-    added to their weights, and the control: the dense model with the same adapters, tuned as long.
+    And fewer steps of a solver of the second order, without a cache, whose stale velocities it would continue; both
+    models with the guidance learned, for half the calls, without and with the control's tuning added to their weights;
+    and the control: the dense model with the same adapters, tuned as long. On the second testbed the best of them that
+    need no model of their own.
     """
     dense, shiva = _Model(), _Model("Shiva 60 %", ("Shiva",), _artefact(SHIVA[testbed]))
+    if testbed == "emoji":
+        return [row for model in (dense, shiva) for row in _best(model)]
     found = []
     for model in (dense, shiva):
         for steps in (STEPS, *FEWER):
             caches = [(cache, each) for cache, strengths in _STRENGTHS[steps].items() for each in strengths]
             found += [_row(model, cache, steps) for cache in (None, *caches)]
         found += [_row(model, None, steps, ADAMS) for steps in FEWER_ADAMS]
-    if testbed == "fashion":
-        learned = [
-            _Model("guidance learned", (GUIDED,), _artefact("dense_guided", guidance=1.0)),
-            _Model("Shiva 60 %, guidance learned", ("Shiva", GUIDED), _artefact("guided60", guidance=1.0)),
-        ]
-        for model in learned:
-            found += [_row(model, None, steps) for steps in (STEPS, *FEWER)]
-            found += [_row(model, ("fora", 2), STEPS), *(_row(model, None, steps, ADAMS) for steps in FEWER_ADAMS)]
-        for model in learned:
-            row = model.row | {"options": (("tuned", "dense_finetuned"),)}
-            added = _Model(f"{model.name}, tuning added", (*model.axes, TUNED), row)
-            found += [_row(added, None, steps, ADAMS) for steps in FEWER_ADAMS]
-        tuned = _Model("dense fine-tuned", ("dense fine-tuned",), _artefact("dense_finetuned"), control=True)
-        found += [_row(tuned, None, STEPS), *(_row(tuned, None, steps, ADAMS) for steps in FEWER_ADAMS)]
+    learned = [
+        _Model("guidance learned", (GUIDED,), _artefact("dense_guided", guidance=1.0)),
+        _Model("Shiva 60 %, guidance learned", ("Shiva", GUIDED), _artefact("guided60", guidance=1.0)),
+    ]
+    for model in learned:
+        found += [_row(model, None, steps) for steps in (STEPS, *FEWER)]
+        found += [_row(model, ("fora", 2), STEPS), *(_row(model, None, steps, ADAMS) for steps in FEWER_ADAMS)]
+    for model in learned:
+        row = model.row | {"options": (("tuned", "dense_finetuned"),)}
+        added = _Model(f"{model.name}, tuning added", (*model.axes, TUNED), row)
+        found += [_row(added, None, steps, ADAMS) for steps in FEWER_ADAMS]
+    tuned = _Model("dense fine-tuned", ("dense fine-tuned",), _artefact("dense_finetuned"), control=True)
+    found += [_row(tuned, None, STEPS), *(_row(tuned, None, steps, ADAMS) for steps in FEWER_ADAMS)]
     return found
 
 
@@ -160,4 +168,14 @@ def run(
         f" --seeds {seeds}" if seeds > 1 else ""
     )
     rows = cells(testbed) if rows is None else rows
-    return sweep(study, Path(out) / f"compose{suffix}.json", rows, methods, command, verdict, family)
+    found = sweep(study, Path(out) / f"compose{suffix}.json", rows, methods, command, verdict, family)
+    write_pages(Path(out))
+    return found
+
+
+def write_pages(out: Path) -> None:
+    """Write ``compose.html`` with both testbeds' results, if there are any of both."""
+    files = [out / name for name in ("compose.json", "compose_emoji.json")]
+    if all(file.is_file() for file in files):
+        first, second = (json.loads(file.read_text()) for file in files)
+        write_page(first, files[0].with_suffix(".html"), family, [second])

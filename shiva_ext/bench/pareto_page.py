@@ -4,7 +4,7 @@ import base64
 import html
 import io
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 from matplotlib.figure import Figure
@@ -211,8 +211,8 @@ def _pictures(found: list[dict]) -> str:
     return f"<table>{''.join(rows)}</table>"
 
 
-def write_page(content: dict, file: Path, family: Callable[[str], str] = str) -> None:
-    """Write the HTML page of a sweep's results."""
+def _section(content: dict, family: Callable[[str], str]) -> str:
+    """What one sweep has found, below a heading."""
     found = list(content["cells"].values())
     machine = "; ".join(dict.fromkeys(cell["machine"] for cell in found))
     noise = "" if content["noise"] is None else (
@@ -224,9 +224,7 @@ def write_page(content: dict, file: Path, family: Callable[[str], str] = str) ->
     )
     left_out = "".join(f"<li>{html.escape(f'{name}: {why}')}</li>" for name, why in content.get("skipped", {}).items())
     left_out = left_out and f"<p>Left out:</p><ul>{left_out}</ul>"
-    page = (
-        '<!doctype html><html lang="en"><meta charset="utf-8"><title>Methods side by side</title>'
-        f"<style>{STYLE}body{{max-width:75rem}}</style><h1>Methods side by side</h1>"
+    return (
         f"<p>{html.escape(about)}; {html.escape(machine)}. Times are medians of pairs with the dense model, "
         f"one after the other.{noise} Intervals are 1.96 deviations over resampled images. "
         f"Command: <code>{html.escape(content['command'])}</code></p>"
@@ -234,6 +232,17 @@ def write_page(content: dict, file: Path, family: Callable[[str], str] = str) ->
         f"{_verdict(content['verdict']) if 'verdict' in content else _duels(found)}"
         f"<h2>Every cell</h2><p>“Time beyond operations” is the share of a method's time that its operations do not "
         f"explain: its overhead.</p>{_results(found)}"
-        f"{left_out}<h2>Samples and kept tokens</h2>{_pictures(found)}</html>"
+        f"{left_out}<h2>Samples and kept tokens</h2>{_pictures(found)}"
+    )
+
+
+def write_page(content: dict, file: Path, family: Callable[[str], str] = str, more: Sequence[dict] = ()) -> None:
+    """Write the HTML page of a sweep's results, and below them those of ``more``, such as another testbed's."""
+    sections = [_section(content, family)]
+    for each in more:
+        sections.append(f"<h1>On the {html.escape(each['testbed'])} testbed</h1>{_section(each, family)}")
+    page = (
+        '<!doctype html><html lang="en"><meta charset="utf-8"><title>Methods side by side</title>'
+        f"<style>{STYLE}body{{max-width:75rem}}</style><h1>Methods side by side</h1>{''.join(sections)}</html>"
     )
     write_text(file, page)
