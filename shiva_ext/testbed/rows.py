@@ -151,10 +151,10 @@ def _method(transformer: SD3Transformer2DModel, row: Row, guided: bool) -> Metho
 
 
 def _artefact(transformer: SD3Transformer2DModel, row: Row, guided: bool) -> Method:
-    options = dict(row.options)
+    options = {"batched_guidance": guided} | dict(row.options)
     if "tuned" in options:
         options["tuned"] = ASSETS / options["tuned"]
-    return Enabled(transformer, ASSETS / row.source, batched_guidance=guided, **options)
+    return Enabled(transformer, ASSETS / row.source, **options)
 
 
 def _trained(transformer: SD3Transformer2DModel, row: Row, guided: bool) -> Method:
