@@ -67,6 +67,26 @@ def test_finished_cells_are_read_not_computed(swept, monkeypatch):
     assert sweep() == content
 
 
+def test_finished_cells_can_be_timed_again_in_one_sitting(swept, monkeypatch):
+    _, sweep, content = swept
+    timed, original = [], Study._generate
+
+    def generate(study, transformer, prompts, labels, noise, row):
+        timed.append(row.name)
+        return original(study, transformer, prompts, labels, noise, row)
+
+    monkeypatch.setattr(Study, "_generate", generate)
+    monkeypatch.setattr(Study, "sample", lambda *_: pytest.fail("a finished cell was sampled again"))
+    again = sweep(retime=True)
+    assert timed == 2 * ["dense", *(row.name for row in ROWS)]  # the first turn is not counted
+    for key, cell in again["cells"].items():
+        other = {name for name in cell if cell[name] != content["cells"][key][name]}
+        assert "seconds" in other and other <= {"seconds", "dense_seconds", "speed_up", "speed_up_range"}
+    timed.clear()
+    assert sweep() == again and not timed
+    content |= again  # what later tests compare with
+
+
 def test_a_method_alone_keeps_the_cells_of_others(swept):
     _, sweep, content = swept
     assert sweep(methods=["SDTM"])["cells"] == content["cells"]

@@ -175,6 +175,11 @@ def test_rows_that_are_timed_together_share_the_dense_batches(tmp_path, model_di
     for each in found:
         assert len(each["pairs"]) == 2
         assert each["speed_up"] == pytest.approx(sum(dense / mine for dense, mine in each["pairs"]) / 2)
+    done.clear()
+    assert study.timings(rows) == found and not done
+    monkeypatch.setattr(report_module, "_TIMED_TOGETHER", 2)
+    assert study.timings(rows, again=True) != found  # in one sitting, with a dense batch before every second row
+    assert done == 3 * ["dense", "1 steps", "2 steps", "dense", "3 steps"]
 
 
 def test_more_seeds_keep_those_that_are_done(run, monkeypatch):

@@ -151,6 +151,7 @@ def run(
     seeds: int = 1,
     rows: list[Row] | None = None,
     model_dir: str | os.PathLike | None = None,
+    retime: bool = False,
     **settings,
 ) -> dict:
     """Measure the grid's cells that ``out/compose.json`` does not hold yet, and write it, the page and the pictures.
@@ -168,7 +169,7 @@ def run(
         f" --seeds {seeds}" if seeds > 1 else ""
     )
     rows = cells(testbed) if rows is None else rows
-    found = sweep(study, Path(out) / f"compose{suffix}.json", rows, methods, command, verdict, family)
+    found = sweep(study, Path(out) / f"compose{suffix}.json", rows, methods, command, verdict, family, retime)
     write_pages(Path(out))
     return found
 

@@ -125,7 +125,7 @@ def measure(study: Study, row: Row) -> dict:
 
     Where there are several seeds, distance and resamples are means over them; the rest is the first one's.
     """
-    result, timing = study.sample(row, 0), study.timing(row)
+    result = study.sample(row, 0)
     images = study.images(row, 0)
     wanted = ("fid", "accuracy", "precision", "recall", "psnr", "foreground_recall", "gflops", "kept_share")
     cell = {"name": row.name, "method": row.group, "steps": row.steps} | {name: result[name] for name in wanted}
@@ -139,15 +139,21 @@ def measure(study: Study, row: Row) -> dict:
     cell["fid"] = statistics.fmean(cell["fid_seeds"])
     cell |= {"fid_error": DEVIATIONS * statistics.stdev(draws), "fid_draws": [round(each, 4) for each in draws]}
     cell["ssim"] = ssim(images, study.images(study.dense, 0)).mean().item()
-    ratios = [dense / mine for dense, mine in timing["pairs"]]
-    cell |= {"speed_up": timing["speed_up"], "speed_up_range": [min(ratios), max(ratios)]}
-    cell |= {"seconds": timing["seconds"], "dense_seconds": timing["dense_seconds"], "machine": _machine()}
+    cell |= times(study, row)
     strip = study.cache_dir / "strip.png"
     draw_grid(images, strip, SHOWN)
     kept = study.kept_picture(row, 0)
     cell["strip"] = base64.b64encode(strip.read_bytes()).decode()
     cell["kept"] = base64.b64encode(kept.read_bytes()).decode() if kept.is_file() else None
     return cell
+
+
+def times(study: Study, row: Row) -> dict:
+    """The part of a cell that is its time."""
+    timing = study.timing(row)
+    ratios = [dense / mine for dense, mine in timing["pairs"]]
+    found = {name: timing[name] for name in ("speed_up", "seconds", "dense_seconds")}
+    return found | {"speed_up_range": [min(ratios), max(ratios)], "machine": _machine()}
 
 
 def _machine() -> str:
@@ -165,6 +171,7 @@ def run(
     rows: list[Row] | None = None,
     testbed: str = "fashion",
     seeds: int = 1,
+    retime: bool = False,
     **settings,
 ) -> dict:
     """Measure the cells that ``out/pareto.json`` does not hold yet, and write it, the page and the pictures.
@@ -181,6 +188,7 @@ def run(
         testbed: "fashion" or "emoji".
         seeds: of the noise. Cells of fewer are measured again, those of more stay: give two methods that are close
             some more.
+        retime: time the cells again that are there, all in one sitting.
         settings: further settings of :class:`Study`.
 
     Raises:
@@ -192,7 +200,7 @@ def run(
     )
     name = "pareto.json" if testbed == "fashion" else f"pareto_{testbed}.json"
     command = f"shiva bench pareto --testbed {testbed} --samples {samples}" + (f" --seeds {seeds}" if seeds > 1 else "")
-    return sweep(study, Path(out) / name, rows, methods, command)
+    return sweep(study, Path(out) / name, rows, methods, command, retime=retime)
 
 
 def sweep(
@@ -203,6 +211,7 @@ def sweep(
     command: str,
     verdict: Callable[[list[dict]], dict] | None = None,
     family: Callable[[str], str] = str,
+    retime: bool = False,
 ) -> dict:
     """Measure the rows that a file does not hold yet, and write it, its page and its picture.
 
@@ -211,6 +220,7 @@ def sweep(
         command: that does this.
         verdict: what the cells say together, in place of the duels of "Shiva" with each rival.
         family: the name under which a group is drawn; several groups may share one.
+        retime: time the cells again that are there.
 
     Raises:
         ValueError: an unknown method.
@@ -226,10 +236,13 @@ def sweep(
     wanted = [row for row in rows if not methods or row.group in methods or row.group == "dense"]
     done = {name for name, cell in content["cells"].items() if len(cell.get("fid_seeds", [])) >= study.seeds}
     missing = [row for row in wanted if key(study, row) not in done]
+    held = [row for row in wanted if retime and row not in missing]
     for row in missing:
         for seed in range(study.seeds):
             study.sample(row, seed)
-    study.timings(missing)  # all in one stretch: other work on the machine then meets all alike
+    study.timings(held + missing, again=retime)
+    for row in held:
+        content["cells"][key(study, row)] |= times(study, row)
     for row in missing:
         content["cells"][key(study, row)] = measure(study, row)
         write_content(file, content)

@@ -29,10 +29,13 @@ def _bench_pareto(args) -> None:
         from ..bench.pareto import run
 
         place = args.out, args.cache_dir, args.model_dir
-        run(args.samples or 1000, args.methods, *place, testbed=args.testbed, seeds=args.seeds)
+        how = dict(testbed=args.testbed, seeds=args.seeds, retime=args.retime)
+        run(args.samples or 1000, args.methods, *place, **how)
         return
-    if args.model_dir is not None or args.seeds != 1:
-        raise ValueError("--model-dir and --seeds are for the testbeds; --model is the checkpoint, --seed its noise")
+    if args.model_dir is not None or args.seeds != 1 or args.retime:
+        raise ValueError(
+            "--model-dir, --seeds and --retime are for the testbeds; --model is the checkpoint, --seed its noise"
+        )
     from ..bench.pareto_model import run
 
     own["samples"], own["weights"] = args.samples, _pairs(args.weights)
@@ -73,7 +76,8 @@ def _bench_concepts(args) -> None:
 def _bench_compose(args) -> None:
     from ..bench.compose import run
 
-    run(args.samples, args.methods, args.out, args.cache_dir, args.testbed, args.seeds)
+    how = dict(testbed=args.testbed, seeds=args.seeds, retime=args.retime)
+    run(args.samples, args.methods, args.out, args.cache_dir, **how)
 
 
 def _bench_caf(args) -> None:
@@ -193,6 +197,7 @@ def add(commands) -> None:
     sub.add_argument("--samples", type=int, help="images a cell; 1000, or 64 of one's own checkpoint")
     sub.add_argument("--methods", nargs="*", metavar="NAME", help="by default all; dense always runs")
     sub.add_argument("--seeds", type=int, default=1, help="of the noise; cells that have as many stay")
+    sub.add_argument("--retime", action="store_true", help="time finished cells again, all in one sitting")
     sub.add_argument("--out", default="results", help="folder of pareto.json, which finished cells are read from")
     sub.add_argument("--cache-dir", default="build/pareto", help="folder of the images")
     sub.add_argument("--model-dir", help="dense model's folder; by default the one that ships")
@@ -204,6 +209,7 @@ def add(commands) -> None:
     sub.add_argument("--samples", type=int, default=1000, help="images a cell")
     sub.add_argument("--methods", nargs="*", metavar="NAME", help="such as 'Shiva + TeaCache'; by default all")
     sub.add_argument("--seeds", type=int, default=1, help="of the noise")
+    sub.add_argument("--retime", action="store_true", help="time finished cells again, all in one sitting")
     sub.add_argument("--out", default="results", help="folder of compose.json, which finished cells are read from")
     sub.add_argument("--cache-dir", default="build/pareto", help="folder of the images")
     sub.set_defaults(run=_bench_compose)

@@ -30,7 +30,7 @@ from .sampling import EULER, STEPS, generate
 # Part of every cache key: raise it when a change of the code below changes what a finished row would hold.
 VERSION = 2
 SHOWN = 6  # images whose kept tokens are drawn
-_TIMED_TOGETHER = 24  # rows that share a dense batch in each turn: what drifts meets all of them alike
+_TIMED_TOGETHER = 6  # rows behind each dense batch
 
 
 def _mean(tokens: int | tuple[int, int]) -> float:
@@ -210,11 +210,14 @@ class Study:
         """Seconds an image and speed-up over dense: medians of turns with a dense batch in each."""
         return self.timings([row])[0]
 
-    def timings(self, rows: list[Row]) -> list[dict]:
-        """Of several rows, a few at a time: in each turn a dense batch, then one of every row."""
-        missing = [row for row in rows if not self._timing_file(row).is_file()]
-        for first in range(0, len(missing), _TIMED_TOGETHER):
-            self._time(missing[first : first + _TIMED_TOGETHER])
+    def timings(self, rows: list[Row], again: bool = False) -> list[dict]:
+        """Of several rows, in turns that go through all of them: what drifts meets all alike.
+
+        Args:
+            again: time those, too, that have been.
+        """
+        if missing := [row for row in rows if again or not self._timing_file(row).is_file()]:
+            self._time(missing)
         return [json.loads(self._timing_file(row).read_text()) for row in rows]
 
     def _timing_file(self, row: Row) -> Path:
@@ -223,25 +226,29 @@ class Study:
 
     def _time(self, rows: list[Row]) -> None:
         labels, noise = self.bed.labels(self.batch_size), self.bed.noise(self.batch_size, seed=0)
-        models = [(self._setup(each), each) for each in (self.dense, *rows)]
-        turns = []
-        for _ in tqdm(range(self.timing_repeats + 1), desc=f"{', '.join(r.name for r in rows)}, timing", mininterval=2):
-            turn = []
-            for (transformer, prompts, _), each in models:
-                started = time.perf_counter()
-                self._generate(transformer, prompts, labels, noise, each)
-                turn.append((time.perf_counter() - started) / self.batch_size)
-            turns.append(turn)
-        for (_, _, method), _ in models:
+        dense, *models = [(*self._setup(each), each) for each in (self.dense, *rows)]
+
+        def seconds(transformer, prompts, method, row: Row) -> float:
+            started = time.perf_counter()
+            self._generate(transformer, prompts, labels, noise, row)
+            return (time.perf_counter() - started) / self.batch_size
+
+        pairs = [[] for _ in rows]
+        desc = f"timing {', '.join(dict.fromkeys(row.group for row in rows))}"
+        for _ in tqdm(range(self.timing_repeats + 1), desc=desc, mininterval=2):
+            for number, model in enumerate(models):
+                if number % _TIMED_TOGETHER == 0:
+                    beside = seconds(*dense)
+                pairs[number].append([beside, seconds(*model)])
+        for _, _, method, _ in (dense, *models):
             method.disable()
-        for number, row in enumerate(rows, 1):
-            pairs = [[turn[0], turn[number]] for turn in turns[1:]]
+        for row, (_, *counted) in zip(rows, pairs, strict=True):  # the first turn warms up
             result = {
                 "name": row.name,
-                "seconds": statistics.median(mine for _, mine in pairs),
-                "dense_seconds": statistics.median(dense for dense, _ in pairs),
-                "speed_up": statistics.median(dense / mine for dense, mine in pairs),
-                "pairs": pairs,
+                "seconds": statistics.median(mine for _, mine in counted),
+                "dense_seconds": statistics.median(dense for dense, _ in counted),
+                "speed_up": statistics.median(dense / mine for dense, mine in counted),
+                "pairs": counted,
             }
             write_text(self._timing_file(row), json.dumps(result, indent=1))
 
