@@ -39,8 +39,9 @@ class Handle:
         num_hooked: hooked blocks.
         records: while :meth:`record` is on, one entry per call of the transformer:
             ``{"timestep": float, "kept": {layer: [B,k] int64}}``; for a method that merges, the tokens that stay
-            independent, and ``"sites": {layer: names}`` where it did. Beside :class:`~shiva_ext.caches.TeaCache` a call
-            that ran for some samples alone has their numbers as ``"rows"`` [b], and [b,k] tokens.
+            independent, and ``"sites": {layer: names}`` where it did. Beside :class:`~shiva_ext.caches.TeaCache` and
+            :class:`~shiva_ext.caches.GuidanceCache` a call that ran for some samples alone has their numbers as
+            ``"rows"`` [b], and [b,k] tokens.
     """
 
     def __init__(self, transformer: nn.Module, state: hooks.SelectionState):

@@ -6,7 +6,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from ._library import __version__
-from .caches import FORA, Cache, DiffusersCache
+from .caches import FORA, Cache, DiffusersCache, GuidanceCache
 from .caches.file import SmoothCacheFile, TeaCacheFile, cache_from_json, cache_to_json
 from .files import write_text
 
@@ -21,8 +21,8 @@ class Configuration:
         steps: of the sampler; the caller gives them to the pipeline, and a cache that was made for them refuses others.
         selection: folder or hub id of an artefact, or None.
         budget: mean share of the tokens to keep; None is the artefact's own.
-        cache: "teacache", "smoothcache", "fora" or "first block", or None.
-        strength: of the last two: interval, threshold.
+        cache: "teacache", "smoothcache", "fora", "guidance" or "first block", or None.
+        strength: of the last three: interval, ``every``, threshold.
         calibration: of the first two.
         measured: free JSON values: what was measured of it.
     """
@@ -47,17 +47,19 @@ class Configuration:
             if self.calibration is None:
                 raise ValueError(f"shiva_ext: the configuration has {self.cache}, but no calibration of it")
             return self.calibration.cache()
-        if self.cache in ("fora", "first block") and self.strength is None:
+        if self.cache in ("fora", "guidance", "first block") and self.strength is None:
             raise ValueError(f"shiva_ext: the configuration has the cache {self.cache!r}, but no strength of it")
         if self.cache == "fora":
             return FORA(int(self.strength), self.steps)
+        if self.cache == "guidance":
+            return GuidanceCache(int(self.strength), steps=self.steps)
         if self.cache == "first block":
             from diffusers import FirstBlockCacheConfig
 
             return DiffusersCache(FirstBlockCacheConfig(self.strength), self.steps)
         raise ValueError(
             f"shiva_ext: the configuration has a cache {self.cache!r}, wanted 'teacache', 'smoothcache', 'fora', "
-            "'first block' or none"
+            "'guidance', 'first block' or none"
         )
 
     def save(self, file: str | os.PathLike) -> None:

@@ -36,7 +36,7 @@ class TransformerHook(ModelHook):
         args, kwargs = with_weights(module, args, kwargs)
         arguments = state.adapter.bind(forward, args, kwargs)
         state.conditioning = state.adapter.conditioning(module, arguments)
-        state.guided = state.adapter.batched_guidance(arguments, state.batched_guidance)
+        state.guided = state.branch is None and state.adapter.batched_guidance(arguments, state.batched_guidance)
         state.chosen, state.scratch = {}, {}
         state.skipped = tuple(arguments.get("skip_layers") or ())
         state.grid = state.adapter.grid(module, arguments) if state.wants_grid else None
@@ -87,6 +87,8 @@ class TransformerHook(ModelHook):
         state.wrapped = {}
         if state.recording:
             state.entry = {"timestep": state.sigma * 1000, "kept": {}, "sites": {}}
+            if state.branch is not None:
+                state.entry["rows"] = torch.arange(state.branch.start, state.branch.stop)
             state.records.append(state.entry)
         try:
             with state.kept_for_checkpoints(module):

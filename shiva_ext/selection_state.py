@@ -41,6 +41,7 @@ class SelectionState:
         active: False makes every hook a plain call of the model (the dense teacher's run).
         captured: a dict to collect each hooked block's (input, output) tokens in while not active, else None.
         trainer: takes over a pruned block while training, see ``training/stages.py``.
+        branch: while calls have one half of a guided batch alone, which samples those are.
         fused: whether blocks that have a fused form run in it.
         wrapped: why blocks of the last call that was not compiled ran wrapped all the same, by layer.
         method: does more than choose tokens, see :class:`~shiva_ext.methods.Method`; None for a selector.
@@ -53,8 +54,8 @@ class SelectionState:
         kept: while a block runs on some of its tokens: which they are [B,k], and of how many.
         chosen: for groups of layers that select together, the first of them and its indices [B,k].
         records: per call while recording, ``{"timestep", "kept": {layer: [B,k]}, "sites": {layer: names}}``; a method
-            that merges names its sites. Beside TeaCache also ``"rows"``, the samples [b] whose tokens they are, where
-            it ran some alone, and nothing is kept where it ran none.
+            that merges names its sites. Beside TeaCache and GuidanceCache also ``"rows"``, the samples [b] whose
+            tokens they are, where it ran some alone, and nothing is kept where it ran none.
     """
 
     def __init__(
@@ -83,6 +84,7 @@ class SelectionState:
         self.quota: tuple[int, ...] = ()
         self.conditioning: Conditioning | None = None
         self.guided = False
+        self.branch: slice | None = None
         self.kept: tuple[Tensor, int] | None = None
         self.chosen: dict[int, tuple[int, Tensor]] = {}
 
@@ -185,6 +187,15 @@ class SelectionState:
             yield
         finally:
             self.conditioning = whole
+
+    @contextmanager
+    def half(self, rows: slice):
+        """Calls have these samples of a guided batch, one of its halves, and no guidance."""
+        self.branch = rows
+        try:
+            yield
+        finally:
+            self.branch = None
 
     def group(self, layer: int) -> int | None:
         """Layers of one group select once, for all of them; None selects for itself."""

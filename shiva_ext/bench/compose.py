@@ -11,7 +11,7 @@ from ..testbed.report import Study
 from ..testbed.rows import Row
 from ..testbed.sampling import ADAMS, EULER
 from .pareto import SAMPLES, sweep
-from .pareto_page import points, write_page
+from .pareto_page import COMBINED, points, write_page
 
 STEPS = 25
 FEWER = (12, 6, 4)
@@ -24,7 +24,7 @@ _STRENGTHS = {
     4: {"teacache": (0.2,), "smoothcache": (0.75,), "first block": (0.4,)},
 }
 FASTER, WITHIN = 4.0, 1.05  # what is looked for: so much faster, at no more than so much of the dense distance
-FEWER_STEPS, GUIDED, TUNED, COMBINED = "fewer steps", "learned guidance", "tuning", " + "
+FEWER_STEPS, GUIDED, TUNED = "fewer steps", "learned guidance", "tuning"
 SHIVA = {"fashion": "shiva60", "emoji": "emoji60"}
 
 

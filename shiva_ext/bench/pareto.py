@@ -19,7 +19,7 @@ from ..testbed.figures import draw_grid
 from ..testbed.report import SHOWN, Study
 from ..testbed.rows import Row
 from .model_cells import KEPT, MERGED, SDTM_RATIOS, WHOLE, swing
-from .pareto_page import OURS, draw, write_page
+from .pareto_page import COMBINED, OURS, draw, write_page
 
 STEPS = 10
 SAMPLES = 1000
@@ -33,15 +33,25 @@ _SPARSE = {
     f"{high:g} to {low:g}": {"high": high, "low": low}
     for high, low in ((0.94, 0.8), (0.89, 0.65), (0.8, 0.5), (0.6, 0.3))
 }
+_LESS = {"50 %": {}} | {f"{each:.0%}".replace("%", " %"): {"budget": each} for each in (0.45, 0.4, 0.35, 0.3)}
 # What is added to the learned ratios; at 0 it is as it was trained.
 _SHIFTS = {f"{each:+g}": {"shift": each} for each in (0.2, 0.1, 0.0, -0.1)}
 
 
-def _cells(name: str, method: str, source: str, strengths: dict[str, dict], **options) -> list[Row]:
+# With its default, four of ten steps compute both halves of guidance.
+_REUSED = ("guidance", 3)
+
+
+def _cells(name: str, method: str, source: str, strengths: dict[str, dict], cache=None, **options) -> list[Row]:
+    how = dict(group=name, steps=STEPS, cache=cache)
     return [
-        Row(f"{name} {text}", method, source, group=name, steps=STEPS, options=tuple({**options, **each}.items()))
+        Row(f"{name} {text}", method, source, options=tuple({**options, **each}.items()), **how)
         for text, each in strengths.items()
     ]
+
+
+def _guided_apart(method: str, source: str, name: str, strengths: dict[str, dict], **options) -> list[Row]:
+    return _cells(f"{name}{COMBINED}GuidanceCache", method, source, strengths, _REUSED, **options)
 
 
 def _ratios(*ratios: float) -> dict[str, dict]:
@@ -68,7 +78,7 @@ def cells(testbed: str = "fashion") -> list[Row]:
         Row("dense fine-tuned", "artefact", "dense_finetuned", steps=STEPS, group="dense fine-tuned"),
         *_cells(OURS, "artefact", "shiva80", {"80 %": {}}, **_APART),
         *_cells(OURS, "artefact", "shiva60", {"70 %": {"budget": 0.7}, "60 %": {}}, **_APART),
-        *_cells(OURS, "artefact", "shiva50", {"50 %": {}, "45 %": {"budget": 0.45}, "40 %": {"budget": 0.4}}, **_APART),
+        *_cells(OURS, "artefact", "shiva50", _LESS, **_APART),
         *_cells("ToMeSD", "method", "tomesd", _ratios(*MERGED), **WHOLE),
         *_cells("ToFu", "method", "tofu", _ratios(*MERGED), depth=3, **WHOLE),
         *_cells("ToMA", "method", "toma", _ratios(*MERGED)),
@@ -81,6 +91,12 @@ def cells(testbed: str = "fashion") -> list[Row]:
         *_selectors("random, last value", "random", KEPT, reconstruct="last"),
         *_selectors("random, nearest kept", "random", KEPT, reconstruct="nearest"),
         *_selectors("largest norm", "largest_norm", KEPT),
+        # The unprompted half of guidance at some steps only: ours, and what it does to others.
+        *_guided_apart("artefact", "shiva80", OURS, {"80 %": {}}, **_APART),
+        *_guided_apart("artefact", "shiva60", OURS, {"70 %": {"budget": 0.7}, "60 %": {}}, **_APART),
+        *_guided_apart("artefact", "shiva50", OURS, {"50 %": {}}, **_APART),
+        *_guided_apart("dense", "", "dense", {"10 steps": {}}),
+        *_guided_apart("artefact of a method", "diffcr60", "DiffCR", {k: v for k, v in _SHIFTS.items() if k != "-0.1"}),
         # What the choices are worth, one at a time.
         *_cells("Shiva, one choice for both halves", "artefact", "shiva80", {"80 %": {}}),
         *_cells("Shiva, one choice for both halves", "artefact", "shiva60", {"70 %": {"budget": 0.7}, "60 %": {}}),
@@ -97,6 +113,8 @@ def _emoji_cells() -> list[Row]:
         Row("dense", steps=STEPS, group="dense"),
         *(Row(f"fewer steps {steps}", steps=steps, group="fewer steps") for steps in (8, 7, 6, 5)),
         *_cells(OURS, "artefact", "emoji60", budgets, **_APART),
+        *_guided_apart("artefact", "emoji60", OURS, budgets, **_APART),
+        *_guided_apart("dense", "", "dense", {"10 steps": {}}),
         *_cells("ToMeSD", "method", "tomesd", _ratios(*MERGED), **WHOLE),
         *_cells("IBTM", "method", "ibtm", _ratios(*MERGED), similarity="cosine", **WHOLE),
         *_cells("SDTM", "method", "sdtm", _SDTM),

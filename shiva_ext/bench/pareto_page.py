@@ -26,7 +26,7 @@ _COLOURS = (
     "#5b6ee1",
 )
 _MARKERS = "osD^vP<>Xp"
-OURS, REFERENCE = "Shiva", "dense"
+OURS, REFERENCE, COMBINED = "Shiva", "dense", " + "
 
 
 def quality(cell: dict) -> tuple[float, float, tuple[float, ...]]:
@@ -158,11 +158,15 @@ def _results(found: list[dict]) -> str:
     return f"<table>{''.join(rows)}</table>"
 
 
-def duels(found: list[dict]) -> dict[str, list[tuple[str, str | None]]]:
+def _is_rival(method: str) -> bool:
+    return not method.startswith(OURS) and (not method.startswith(REFERENCE) or COMBINED in method)
+
+
+def duels(found: list[dict], mine: str = OURS) -> dict[str, list[tuple[str, str | None]]]:
     """For each rival, how we stand at the time of each of its points: "better", "tie", "worse", or None below ours."""
     by_time = points(found, "time")
-    ours = [p for p in by_time if p.method == OURS]
-    rivals = dict.fromkeys(p.method for p in by_time if not p.method.startswith((OURS, REFERENCE)))
+    ours = [p for p in by_time if p.method == mine]
+    rivals = dict.fromkeys(p.method for p in by_time if _is_rival(p.method))
     return {
         rival: [(p.name, verdict) for p, verdict in verdicts(ours, [p for p in by_time if p.method == rival])]
         for rival in rivals
@@ -170,12 +174,18 @@ def duels(found: list[dict]) -> dict[str, list[tuple[str, str | None]]]:
 
 
 def _duels(found: list[dict]) -> str:
-    if OURS not in {cell["method"] for cell in found}:
+    methods = dict.fromkeys(cell["method"] for cell in found)
+    if OURS not in methods:
         return ""
-    rows = [_row(("rival", "Shiva at the time of each of its points"), "th")]
-    for rival, outcome in duels(found).items():
-        text = ", ".join(f"{html.escape(name)}: {verdict or 'faster than any of ours'}" for name, verdict in outcome)
-        rows.append(_row((html.escape(rival), text)))
+    ours = [OURS, *(each for each in methods if each.startswith(OURS + COMBINED))]
+    rows = [_row(("rival", *(f"{html.escape(each)} at the time of each of its points" for each in ours)), "th")]
+    outcomes = [duels(found, each) for each in ours]
+    for rival in outcomes[0]:
+        texts = (
+            ", ".join(f"{html.escape(name)}: {verdict or 'faster than any of ours'}" for name, verdict in each[rival])
+            for each in outcomes
+        )
+        rows.append(_row((html.escape(rival), *texts)))
     head = (
         "<h2>At equal time</h2><p>Better and worse: the 95 % interval of the difference, with the same images "
         "resampled of both, which come from the same noise, leaves out 0. A trained method has one "

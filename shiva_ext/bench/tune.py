@@ -32,7 +32,10 @@ from .pareto_model import DTYPES, read_prompts
 
 KIND = "configuration"
 # What each axis is tried at. Shares of the calls that TeaCache reuses, and of the steps that SmoothCache computes.
-CACHES = (("fora", 2), ("fora", 3), ("smoothcache", 0.7), ("smoothcache", 0.5), ("teacache", 0.3), ("teacache", 0.5))
+CACHES = (
+    *(("fora", 2), ("fora", 3), ("smoothcache", 0.7), ("smoothcache", 0.5), ("teacache", 0.3), ("teacache", 0.5)),
+    *(("guidance", 2), ("guidance", 3)),
+)
 STEP_SHARES = (0.8, 0.6, 0.5, 0.4)
 MEASURED = 8  # combinations that are measured
 BOUND = 0.8  # least mean SSIM to the dense pictures

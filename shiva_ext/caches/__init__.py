@@ -4,6 +4,7 @@ from .base import Cache
 from .file import SmoothCacheFile, TeaCacheFile, load_cache, read_cache, save_cache
 from .fit import Fit
 from .from_diffusers import DiffusersCache
+from .guidance import GuidanceCache
 from .published import COEFFICIENTS
 from .schedule import every, make_schedule
 from .smoothcache import FORA, SmoothCache
@@ -15,6 +16,7 @@ __all__ = [
     "Cache",
     "DiffusersCache",
     "Fit",
+    "GuidanceCache",
     "SmoothCache",
     "SmoothCacheFile",
     "TeaCache",

@@ -29,6 +29,7 @@ class ModelAdapter(ABC):
         row_arguments: of the block, tensors with a row for each sample.
         shared_arguments: of the block, what is the same for all samples.
         guides_in_batch: whether the family's pipelines guide with one call for both prompts; others make two calls.
+        prompted_first: whether the prompted half of such a batch is the first.
     """
 
     model_class: str
@@ -37,6 +38,7 @@ class ModelAdapter(ABC):
     row_arguments: tuple[str, ...] = ("hidden_states", "encoder_hidden_states", "temb")
     shared_arguments: tuple[str, ...] = ()
     guides_in_batch: bool = True
+    prompted_first: bool = False
 
     @abstractmethod
     def blocks(self, transformer: nn.Module) -> list[nn.Module]:

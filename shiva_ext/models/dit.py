@@ -16,6 +16,7 @@ class DiTAdapter(ModelAdapter):
 
     model_class = "DiTTransformer2DModel"
     row_arguments = ("hidden_states", "timestep", "class_labels")
+    prompted_first = True
 
     def blocks(self, transformer: nn.Module) -> list[nn.Module]:
         return list(transformer.transformer_blocks)

@@ -38,7 +38,8 @@ class Caches:
     - of "teacache" the share of the calls that are reused, of those that a calibration can tell;
     - of "smoothcache" the share of the steps that are computed;
     - of "first block" the threshold of diffusers' FirstBlockCache;
-    - of "fora" the interval.
+    - of "fora" the interval;
+    - of "guidance" the interval of steps that compute both halves.
 
     Args:
         folder: of the calibrations' files.
@@ -46,7 +47,8 @@ class Caches:
         dtype: of the model.
     """
 
-    NAMES = {"teacache": "TeaCache", "smoothcache": "SmoothCache", "first block": "FirstBlockCache", "fora": "FORA"}
+    NAMES = {"teacache": "TeaCache", "smoothcache": "SmoothCache", "first block": "FirstBlockCache"}
+    NAMES |= {"fora": "FORA", "guidance": "GuidanceCache"}
 
     def __init__(self, folder: Path, bed: Testbed, dtype: torch.dtype):
         self.folder, self.bed, self.dtype = Path(folder), bed, dtype
