@@ -9,6 +9,7 @@ from training.tiny_pipeline import save_artifact, save_pipeline
 import shiva_ext
 from shiva_ext.bench import tune
 from shiva_ext.bench.tune import Trial, candidates, cell_of, choose
+from shiva_ext.caches import FORA, GuidanceCache
 from shiva_ext.cli import main
 from shiva_ext.training.fit import load_pipeline
 
@@ -90,7 +91,8 @@ def test_a_search_ends_in_a_file_that_enable_takes(folder, command, capsys, monk
     assert json.loads((folder / "tuned.json").read_text()) == content
 
 
-def test_a_configuration_of_both_equals_enabling_both(folder, tmp_path):
+@pytest.mark.parametrize(("name", "cache"), [("fora", FORA(2)), ("guidance", GuidanceCache(2))])
+def test_a_configuration_of_both_equals_enabling_both(folder, tmp_path, name, cache):
     pipe = load_pipeline(str(folder / "model"), None, torch.float32)
     call = dict(prompt="a cat", num_inference_steps=4, height=16, width=16, output_type="np")
 
@@ -99,10 +101,10 @@ def test_a_configuration_of_both_equals_enabling_both(folder, tmp_path):
 
     dense = picture()
     shiva_ext.enable(pipe, folder / "artefact", budget=0.5)
-    shiva_ext.enable(pipe, shiva_ext.caches.FORA(2))
+    shiva_ext.enable(pipe, cache)
     wanted = picture()
     shiva_ext.disable(pipe)
-    configuration = shiva_ext.Configuration(4, str(folder / "artefact"), 0.5, "fora", 2)
+    configuration = shiva_ext.Configuration(4, str(folder / "artefact"), 0.5, name, 2)
     configuration.save(tmp_path / "both.json")
     with shiva_ext.enable(pipe, tmp_path / "both.json") as both:
         assert torch.equal(picture(), wanted) and not torch.equal(wanted, dense)
