@@ -33,13 +33,17 @@ _SPARSE = {
     f"{high:g} to {low:g}": {"high": high, "low": low}
     for high, low in ((0.94, 0.8), (0.89, 0.65), (0.8, 0.5), (0.6, 0.3))
 }
-_LESS = {"50 %": {}} | {f"{each:.0%}".replace("%", " %"): {"budget": each} for each in (0.45, 0.4, 0.35, 0.3)}
+_LESS = {"50 %": {}} | {f"{each:.0%}".replace("%", " %"): {"budget": each} for each in (0.45, 0.4, 0.35)}
+_LESS_LONGER = {"50 %": {"budget": 0.5}, "45 %": {}, "40 %": {"budget": 0.4}, "35 %": {"budget": 0.35}}
 # What is added to the learned ratios; at 0 it is as it was trained.
 _SHIFTS = {f"{each:+g}": {"shift": each} for each in (0.2, 0.1, 0.0, -0.1)}
 
 
 # With its default, four of ten steps compute both halves of guidance.
 _REUSED = ("guidance", 3)
+
+
+LONGER = f"{OURS}, trained longer"
 
 
 def _cells(name: str, method: str, source: str, strengths: dict[str, dict], cache=None, **options) -> list[Row]:
@@ -93,10 +97,14 @@ def cells(testbed: str = "fashion") -> list[Row]:
         *_selectors("largest norm", "largest_norm", KEPT),
         # The unprompted half of guidance at some steps only: ours, and what it does to others.
         *_guided_apart("artefact", "shiva80", OURS, {"80 %": {}}, **_APART),
-        *_guided_apart("artefact", "shiva60", OURS, {"70 %": {"budget": 0.7}, "60 %": {}}, **_APART),
+        *_guided_apart("artefact", "shiva60", OURS, {"60 %": {}}, **_APART),
         *_guided_apart("artefact", "shiva50", OURS, {"50 %": {}}, **_APART),
         *_guided_apart("dense", "", "dense", {"10 steps": {}}),
-        *_guided_apart("artefact of a method", "diffcr60", "DiffCR", {k: v for k, v in _SHIFTS.items() if k != "-0.1"}),
+        *_guided_apart("artefact of a method", "diffcr60", "DiffCR", {k: _SHIFTS[k] for k in ("+0.1", "+0")}),
+        # Twice the steps: the time that DiffCR's training takes.
+        *_cells(LONGER, "artefact", "shiva60_longer", {"60 %": {}}, **_APART),
+        *_cells(LONGER, "artefact", "shiva45_longer", _LESS_LONGER, **_APART),
+        *_guided_apart("artefact", "shiva45_longer", LONGER, {"45 %": {}}, **_APART),
         # What the choices are worth, one at a time.
         *_cells("Shiva, one choice for both halves", "artefact", "shiva80", {"80 %": {}}),
         *_cells("Shiva, one choice for both halves", "artefact", "shiva60", {"70 %": {"budget": 0.7}, "60 %": {}}),

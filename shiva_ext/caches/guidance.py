@@ -130,8 +130,8 @@ def narrowed(value, rows: slice, B: int):
     """Some samples of all tensors [B,...] in nested tuples, lists and dicts; anything else as it is."""
     if isinstance(value, Tensor):
         return value[rows] if value.ndim and len(value) == B else value
-    if isinstance(value, dict):
+    if type(value) is dict:
         return {name: narrowed(each, rows, B) for name, each in value.items()}
-    if isinstance(value, (list, tuple)):
+    if type(value) in (list, tuple):
         return type(value)(narrowed(each, rows, B) for each in value)
     return value
