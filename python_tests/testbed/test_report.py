@@ -166,6 +166,7 @@ def test_rows_that_are_timed_together_share_the_dense_batches(tmp_path, model_di
         return original(study, transformer, prompts, labels, noise, row)
 
     monkeypatch.setattr(Study, "_generate", generate)
+    monkeypatch.setattr(report_module, "_TIMED_TOGETHER", 6)
     study.timing(rows[2])
     assert done == 3 * ["dense", "3 steps"]  # the first turn is not counted
     done.clear()
