@@ -331,8 +331,9 @@ def test_without_torchmetrics_no_picture_is_made(folder, monkeypatch, capsys):
 def test_options_of_a_checkpoint_want_a_checkpoint(capsys):
     assert main(["bench", "pareto", "--steps", "4"]) == 1
     assert "--steps is for one's own checkpoint; give --model" in capsys.readouterr().err
-    assert main(["bench", "pareto", "--model", "x", "--model-dir", "y"]) == 1
-    assert "--model-dir and --seeds are for the testbeds" in capsys.readouterr().err
+    for option in (["--model-dir", "y"], ["--retime"], ["--seeds", "2"]):
+        assert main(["bench", "pareto", "--model", "x", *option]) == 1
+        assert "--model-dir, --seeds and --retime are for the testbeds" in capsys.readouterr().err
 
 
 def test_the_command_that_is_stored_repeats_the_run(swept):
