@@ -156,7 +156,7 @@ def test_an_interrupted_report_goes_on_at_the_row(run, half, monkeypatch):
     assert done.count("dense") == 1  # only as the partner of that timing
 
 
-def test_rows_that_are_timed_together_share_the_dense_batches(tmp_path, model_dir, monkeypatch):
+def test_rows_are_timed_in_turns_each_behind_a_dense_batch(tmp_path, model_dir, monkeypatch):
     study = Study(tmp_path, SAMPLES, 1, model_dir, batch_size=2, timing_repeats=2, steps=STEPS)
     rows = [Row(f"{steps} steps", steps=steps) for steps in (1, 2, 3)]
     done, original = [], Study._generate
@@ -166,21 +166,19 @@ def test_rows_that_are_timed_together_share_the_dense_batches(tmp_path, model_di
         return original(study, transformer, prompts, labels, noise, row)
 
     monkeypatch.setattr(Study, "_generate", generate)
-    monkeypatch.setattr(report_module, "_TIMED_TOGETHER", 6)
     study.timing(rows[2])
     assert done == 3 * ["dense", "3 steps"]  # the first turn is not counted
     done.clear()
     found = study.timings(rows)
-    assert done == 3 * ["dense", "1 steps", "2 steps"]
+    assert done == 3 * ["dense", "1 steps", "dense", "2 steps"]
     assert [each["name"] for each in found] == [row.name for row in rows]
     for each in found:
         assert len(each["pairs"]) == 2
         assert each["speed_up"] == pytest.approx(sum(dense / mine for dense, mine in each["pairs"]) / 2)
     done.clear()
     assert study.timings(rows) == found and not done
-    monkeypatch.setattr(report_module, "_TIMED_TOGETHER", 2)
-    assert study.timings(rows, again=True) != found  # in one sitting, with a dense batch before every second row
-    assert done == 3 * ["dense", "1 steps", "2 steps", "dense", "3 steps"]
+    assert study.timings(rows, again=True) != found
+    assert done == 3 * ["dense", "1 steps", "dense", "2 steps", "dense", "3 steps"]
 
 
 def test_more_seeds_keep_those_that_are_done(run, monkeypatch):

@@ -30,7 +30,6 @@ from .sampling import EULER, STEPS, generate
 # Part of every cache key: raise it when a change of the code below changes what a finished row would hold.
 VERSION = 2
 SHOWN = 6  # images whose kept tokens are drawn
-_TIMED_TOGETHER = 1  # rows behind each dense batch: with more a noisy machine drifts between them
 
 
 def _mean(tokens: int | tuple[int, int]) -> float:
@@ -237,9 +236,7 @@ class Study:
         desc = f"timing {', '.join(dict.fromkeys(row.group for row in rows))}"
         for _ in tqdm(range(self.timing_repeats + 1), desc=desc, mininterval=2):
             for number, model in enumerate(models):
-                if number % _TIMED_TOGETHER == 0:
-                    beside = seconds(*dense)
-                pairs[number].append([beside, seconds(*model)])
+                pairs[number].append([seconds(*dense), seconds(*model)])  # close together: machines drift
         for _, _, method, _ in (dense, *models):
             method.disable()
         for row, (_, *counted) in zip(rows, pairs, strict=True):  # the first turn warms up
