@@ -525,26 +525,27 @@ def test_another_size_batch_and_number_of_steps(cache):
         assert torch.equal(found, fresh(**tiny.pipeline_inputs(**{"steps": 5, **options}))[0]), options
 
 
+def run_whose_guidance_ends(pipe):
+    def end_guidance(pipe, step, timestep, tensors):
+        if step == 2:
+            pipe._guidance_scale = 1.0
+            for name in ("prompt_embeds", "pooled_prompt_embeds"):
+                tensors[name] = tensors[name][-2:]
+        return tensors
+
+    names = ["prompt_embeds", "pooled_prompt_embeds"]
+    return pipe(
+        **tiny.pipeline_inputs(2, 6),
+        callback_on_step_end=end_guidance, callback_on_step_end_tensor_inputs=names,
+    )[0]  # fmt: skip
+
+
 def test_guidance_that_ends_within_a_run():
-    def call(pipe):
-        def end_guidance(pipe, step, timestep, tensors):
-            if step == 2:
-                pipe._guidance_scale = 1.0
-                for name in ("prompt_embeds", "pooled_prompt_embeds"):
-                    tensors[name] = tensors[name][-2:]
-            return tensors
-
-        names = ["prompt_embeds", "pooled_prompt_embeds"]
-        return pipe(
-            **tiny.pipeline_inputs(2, 6),
-            callback_on_step_end=end_guidance, callback_on_step_end_tensor_inputs=names,
-        )[0]  # fmt: skip
-
     pipe = sd3_pipe()
-    dense = call(pipe)
+    dense = run_whose_guidance_ends(pipe)
     for cache, same in ((FORA(1), True), (TeaCache(0.0, "identity"), True), (FORA(4), False), (ALWAYS, False)):
         with shiva_ext.enable(pipe, cache):
-            found = call(pipe)
+            found = run_whose_guidance_ends(pipe)
         assert found.isfinite().all() and torch.equal(found, dense) == same
 
 

@@ -14,7 +14,7 @@ from shiva_ext.methods import SDTM, ToMeSD
 from shiva_ext.models import adapter_for
 from shiva_ext.selection import RandomSelector
 
-from .test_families_cached import LEVELS, STEPS, Forwards, calls_of, left_on, run, sd3_pipe
+from .test_families_cached import LEVELS, STEPS, Forwards, calls_of, left_on, run, run_whose_guidance_ends, sd3_pipe
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 IN_BATCH = [name for name in EVERY if name not in ("flux", "qwenimage", "wan")]
@@ -184,26 +184,12 @@ def test_wrong_settings_say_what_is_wanted(settings, message):
 
 
 def test_guidance_that_ends_within_a_run_leaves_whole_calls():
-    def call(pipe):
-        def end_guidance(pipe, step, timestep, tensors):
-            if step == 2:
-                pipe._guidance_scale = 1.0
-                for name in ("prompt_embeds", "pooled_prompt_embeds"):
-                    tensors[name] = tensors[name][-2:]
-            return tensors
-
-        names = ["prompt_embeds", "pooled_prompt_embeds"]
-        return pipe(
-            **tiny.pipeline_inputs(2, 6),
-            callback_on_step_end=end_guidance, callback_on_step_end_tensor_inputs=names,
-        )[0]  # fmt: skip
-
     pipe = sd3_pipe()
-    dense = call(pipe)
+    dense = run_whose_guidance_ends(pipe)
     with shiva_ext.enable(pipe, GuidanceCache(9, first=3)):
-        assert torch.equal(call(pipe), dense)  # all guided steps compute
+        assert torch.equal(run_whose_guidance_ends(pipe), dense)  # all guided steps compute
     with shiva_ext.enable(pipe, GuidanceCache(9)):
-        found = call(pipe)
+        found = run_whose_guidance_ends(pipe)
     assert found.isfinite().all() and not torch.equal(found, dense)
 
 

@@ -33,16 +33,14 @@ _SPARSE = {
     f"{high:g} to {low:g}": {"high": high, "low": low}
     for high, low in ((0.94, 0.8), (0.89, 0.65), (0.8, 0.5), (0.6, 0.3))
 }
-_LESS = {"50 %": {}} | {f"{each:.0%}".replace("%", " %"): {"budget": each} for each in (0.45, 0.4, 0.35)}
-_LESS_LONGER = {"50 %": {"budget": 0.5}, "45 %": {}, "40 %": {"budget": 0.4}, "35 %": {"budget": 0.35}}
+_LOW_BUDGETS = {"50 %": {}, "45 %": {"budget": 0.45}, "40 %": {"budget": 0.4}, "35 %": {"budget": 0.35}}
+_LONGER_BUDGETS = {"50 %": {"budget": 0.5}, "45 %": {}, "40 %": {"budget": 0.4}, "35 %": {"budget": 0.35}}
 # What is added to the learned ratios; at 0 it is as it was trained.
 _SHIFTS = {f"{each:+g}": {"shift": each} for each in (0.2, 0.1, 0.0, -0.1)}
 
 
 # With its default, four of ten steps compute both halves of guidance.
 _REUSED = ("guidance", 3)
-
-
 LONGER = f"{OURS}, trained longer"
 
 
@@ -54,7 +52,7 @@ def _cells(name: str, method: str, source: str, strengths: dict[str, dict], cach
     ]
 
 
-def _guided_apart(method: str, source: str, name: str, strengths: dict[str, dict], **options) -> list[Row]:
+def _with_guidance_cache(method: str, source: str, name: str, strengths: dict[str, dict], **options) -> list[Row]:
     return _cells(f"{name}{COMBINED}GuidanceCache", method, source, strengths, _REUSED, **options)
 
 
@@ -82,7 +80,7 @@ def cells(testbed: str = "fashion") -> list[Row]:
         Row("dense fine-tuned", "artefact", "dense_finetuned", steps=STEPS, group="dense fine-tuned"),
         *_cells(OURS, "artefact", "shiva80", {"80 %": {}}, **_APART),
         *_cells(OURS, "artefact", "shiva60", {"70 %": {"budget": 0.7}, "60 %": {}}, **_APART),
-        *_cells(OURS, "artefact", "shiva50", _LESS, **_APART),
+        *_cells(OURS, "artefact", "shiva50", _LOW_BUDGETS, **_APART),
         *_cells("ToMeSD", "method", "tomesd", _ratios(*MERGED), **WHOLE),
         *_cells("ToFu", "method", "tofu", _ratios(*MERGED), depth=3, **WHOLE),
         *_cells("ToMA", "method", "toma", _ratios(*MERGED)),
@@ -96,15 +94,15 @@ def cells(testbed: str = "fashion") -> list[Row]:
         *_selectors("random, nearest kept", "random", KEPT, reconstruct="nearest"),
         *_selectors("largest norm", "largest_norm", KEPT),
         # The unprompted half of guidance at some steps only: ours, and what it does to others.
-        *_guided_apart("artefact", "shiva80", OURS, {"80 %": {}}, **_APART),
-        *_guided_apart("artefact", "shiva60", OURS, {"60 %": {}}, **_APART),
-        *_guided_apart("artefact", "shiva50", OURS, {"50 %": {}}, **_APART),
-        *_guided_apart("dense", "", "dense", {"10 steps": {}}),
-        *_guided_apart("artefact of a method", "diffcr60", "DiffCR", {k: _SHIFTS[k] for k in ("+0.1", "+0")}),
-        # Twice the steps: the time that DiffCR's training takes.
+        *_with_guidance_cache("artefact", "shiva80", OURS, {"80 %": {}}, **_APART),
+        *_with_guidance_cache("artefact", "shiva60", OURS, {"60 %": {}}, **_APART),
+        *_with_guidance_cache("artefact", "shiva50", OURS, {"50 %": {}}, **_APART),
+        *_with_guidance_cache("dense", "", "dense", {"10 steps": {}}),
+        *_with_guidance_cache("artefact of a method", "diffcr60", "DiffCR", {k: _SHIFTS[k] for k in ("+0.1", "+0")}),
+        # Twice the steps: about the time that DiffCR's training takes.
         *_cells(LONGER, "artefact", "shiva60_longer", {"60 %": {}}, **_APART),
-        *_cells(LONGER, "artefact", "shiva45_longer", _LESS_LONGER, **_APART),
-        *_guided_apart("artefact", "shiva45_longer", LONGER, {"45 %": {}}, **_APART),
+        *_cells(LONGER, "artefact", "shiva45_longer", _LONGER_BUDGETS, **_APART),
+        *_with_guidance_cache("artefact", "shiva45_longer", LONGER, {"45 %": {}}, **_APART),
         # What the choices are worth, one at a time.
         *_cells("Shiva, one choice for both halves", "artefact", "shiva80", {"80 %": {}}),
         *_cells("Shiva, one choice for both halves", "artefact", "shiva60", {"70 %": {"budget": 0.7}, "60 %": {}}),
@@ -121,8 +119,8 @@ def _emoji_cells() -> list[Row]:
         Row("dense", steps=STEPS, group="dense"),
         *(Row(f"fewer steps {steps}", steps=steps, group="fewer steps") for steps in (8, 7, 6, 5)),
         *_cells(OURS, "artefact", "emoji60", budgets, **_APART),
-        *_guided_apart("artefact", "emoji60", OURS, budgets, **_APART),
-        *_guided_apart("dense", "", "dense", {"10 steps": {}}),
+        *_with_guidance_cache("artefact", "emoji60", OURS, budgets, **_APART),
+        *_with_guidance_cache("dense", "", "dense", {"10 steps": {}}),
         *_cells("ToMeSD", "method", "tomesd", _ratios(*MERGED), **WHOLE),
         *_cells("IBTM", "method", "ibtm", _ratios(*MERGED), similarity="cosine", **WHOLE),
         *_cells("SDTM", "method", "sdtm", _SDTM),

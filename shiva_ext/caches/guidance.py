@@ -30,7 +30,7 @@ class GuidanceCache(Cache):
         first: steps at the beginning of a run that compute both.
         steps: of a run, see :class:`Cache`.
 
-    One call stores half an output.
+    One call stores half an output, [B/2,C,H,W] in its dtype. Runs without guidance raise ValueError.
     """
 
     every: int = 3
